@@ -1,0 +1,54 @@
+"""The one place where commands call what needs torch: a function a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def train(
+    *,
+    model: str,
+    stream: str,
+    method: str,
+    out: Path,
+    tasks: Sequence[str] | None,
+    resume: bool,
+    seed: int,
+    settings: Mapping[str, Any],
+) -> None:
+    """Train a stream; results are in the run folder afterwards."""
+    from moses.train import train as run
+
+    run(
+        model,
+        stream=stream,
+        method=method,
+        output_dir=out,
+        tasks=tasks,
+        resume=resume,
+        seed=seed,
+        settings=dict(settings),
+    )
+
+
+def evaluate(run: Path, mode: str) -> dict[str, Any]:
+    """Evaluate all ended tasks of a run again: {"method", "tasks", "til": {"row", "op"}, "tail": {.., "confusion"}}."""
+    from moses.evaluate import evaluate_run
+
+    return evaluate_run(run, mode)
+
+
+def answer(run: Path, task: str, prompt: str) -> dict[str, Any]:
+    """Answer one prompt, `task` being a name or "auto": {"task", "task_probability", "answer"}; no task is unknown."""
+    from moses.generate import answer as run_answer
+
+    return run_answer(run, task, prompt)
+
+
+def forget(run: Path, task: str) -> dict[str, Any]:
+    """Remove a task from a run folder, and free what only it used: {"task", "bytes_freed", "method"}."""
+    from moses.checkpoint import forget_task
+
+    return forget_task(run, task)

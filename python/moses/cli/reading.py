@@ -1,0 +1,113 @@
+"""Commands that only read: report, compare, inspect, verify, doctor. None of them imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moses.cli.running import AsJson, RunFolder
+
+AnyPath = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A run folder, or a checkpoint: a folder or a safetensors file.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (report, compare, inspect, verify, doctor):
+        app.command()(command)
+
+
+def report(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write; the run folder by default.")
+    ] = None,
+) -> None:
+    """Write a self-contained page, and pictures."""
+    from moses.report import write_report
+
+    typer.echo(write_report(run, out))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders of one stream.")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the table as HTML too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show runs side by side."""
+    from moses.cli.output import print_json, print_table
+    from moses.report.compare import HEAD, compare_page, compare_runs
+
+    rows = compare_runs(runs)
+    if html is not None:
+        from moses._core import atomic_write
+
+        atomic_write(html, compare_page(rows).encode("utf-8"))
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+    else:
+        print_table("", HEAD, [row.cells() for row in rows], num_text=2)
+
+
+def inspect(path: AnyPath, as_json: AsJson = False) -> None:
+    """Say what is in a run or a checkpoint.
+
+    Layers, experts, tasks, masks and bytes, from the registry and from headers.
+    """
+    from moses.cli.output import print_json
+    from moses.inspect import inspect_path
+
+    document = inspect_path(path)
+    if as_json:
+        print_json(document)
+    else:
+        from moses.cli.show import show_inspection
+
+        show_inspection(document)
+
+
+def verify(
+    path: AnyPath,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="OLD", help="An older copy: its tasks must be the same, bit for bit."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check hashes, invariants and frozen bits.
+
+    The exit code is 1 where something is wrong.
+    """
+    from moses.verify import verify_path
+
+    verdict = verify_path(path, against)
+    _finish(verdict.as_dict(), as_json, "show_verdict")
+
+
+def doctor(
+    full: Annotated[bool, typer.Option("--full", help="Import torch too, and ask it for its devices.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has and lacks.
+
+    With the command that mends what is missing; the exit code is 1 where moses cannot work without it.
+    """
+    from moses.doctor import examine
+
+    _finish(examine(full).as_dict(), as_json, "show_checkup")
+
+
+def _finish(document: dict[str, Any], as_json: bool, show: str) -> None:
+    if as_json:
+        from moses.cli.output import print_json
+
+        print_json(document)
+    else:
+        from moses.cli import show as shows
+
+        getattr(shows, show)(document)
+    if not document["ok"]:
+        raise typer.Exit(1)

@@ -1,0 +1,72 @@
+"""What every method is: a few choices around the Trainer's loop, and never a loop of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from .. import _core
+from ..run_files import task_folder
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+class Method(ABC):
+    """A method, attached to one model.
+
+    Attributes:
+        name: as on the command line.
+        config_class: frozen dataclass of its settings.
+        reads_similar: whether `begin_task` makes use of an earlier task that is named as the most similar.
+        config: its settings.
+        model: the model that is trained and answers.
+        registry: the tasks so far; for `moses` also layers, experts and masks.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[Any]]
+    reads_similar: ClassVar[bool] = False
+
+    config: Any
+    model: nn.Module
+    registry: _core.Registry
+
+    @abstractmethod
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        """Attach to `model`, in place."""
+
+    @abstractmethod
+    def begin_task(self, name: str, domain: str | None, num_labels: int | None, similar_to: str | None) -> None:
+        """Make the parameters of a new task trainable, and the task active."""
+
+    @abstractmethod
+    def end_task(self, name: str) -> None:
+        """Freeze what the task has learned."""
+
+    @abstractmethod
+    def answer(self, name: str | None) -> AbstractContextManager[object]:
+        """Answer with the parameters of an ended task (None: as the base model) inside a with block."""
+
+    @abstractmethod
+    def task_tensors(self, name: str) -> dict[str, Tensor]:
+        """What the run folder holds for an ended task: tensors named `weights`, `router`, `head.*`, or PEFT's own names."""
+
+    @abstractmethod
+    def load_task(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Take an ended task back from its tensors; called for all tasks, in the order of their ids."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Callbacks for the Trainer during the open task."""
+        return []
+
+    def rewritten(self, name: str) -> list[str]:
+        """Earlier tasks whose tensors the end of task `name` changes."""
+        return []
+
+    def folder(self, name: str) -> str:
+        """The task's folder inside the run."""
+        return task_folder(self.registry.task(name))

@@ -1,0 +1,64 @@
+"""MoSEs: banks of low-rank experts, a masked part of them a task (Kang, arXiv 2511.06237; design 3.1)."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..attach import attach
+from ..attached import MosesModel
+from ..config import MosesConfig
+from .base import Method
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class MosesMethod(Method):
+    """The method `moses`."""
+
+    name = "moses"
+    config_class = MosesConfig
+    reads_similar = True
+    model: MosesModel
+
+    def __init__(self, model: nn.Module, config: MosesConfig) -> None:
+        self.config = config
+        self.model = model if isinstance(model, MosesModel) else attach(model, config)
+        self.registry = self.model.registry
+
+    def begin_task(self, name: str, domain: str | None, num_labels: int | None, similar_to: str | None) -> None:
+        self.model.begin_task(name, domain=domain, num_labels=num_labels, similar_to=similar_to)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        return [CutCallback(self.model)]
+
+    def end_task(self, name: str) -> None:
+        self.model.end_task(name)
+
+    def answer(self, name: str | None) -> AbstractContextManager[object]:
+        return self.model.base() if name is None else self.model.task(name)
+
+    def task_tensors(self, name: str) -> dict[str, Tensor]:
+        return self.model.task_tensors(self.registry.task(name).id)
+
+    def load_task(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self.model.load_task_tensors(self.registry.task(name).id, tensors)
+
+
+class CutCallback(TrainerCallback):
+    """Cuts the open task's candidates to its budget after `warmup` of the optimizer's steps."""
+
+    def __init__(self, model: MosesModel) -> None:
+        self.model = model
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Of the Trainer."""
+        if state.global_step >= math.ceil(self.model.moses_config.warmup * state.max_steps):
+            with torch.no_grad():
+                self.model.cut_task()

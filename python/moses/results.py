@@ -1,0 +1,121 @@
+"""What a run has measured so far (progress.json), and the document that users read (results.json)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import safetensors
+
+from . import _core
+from .errors import FormatError
+from .metrics import transfer_metrics
+from .run_config import RunConfig
+from .run_files import PROGRESS
+from .stream.task import Stream
+
+Row = list[float | None]
+
+
+@dataclass
+class RunProgress:
+    """Rows and figures so far.
+
+    Attributes:
+        base: R[0].
+        rows: after each task: {"til": row, "tail": row, "confusion": counts}, a mode that was not asked for being None.
+        capacity: after each task: {"task", "bytes", "bank_fraction"}.
+        similar: the earlier task that each task started from.
+        expert_use: share of tokens per expert, by task and router, from the last row.
+        seconds: time spent, by kind of work.
+    """
+
+    base: Row | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    capacity: list[dict[str, Any]] = field(default_factory=list)
+    similar: dict[str, str] = field(default_factory=dict)
+    expert_use: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """JSON."""
+        return (json.dumps(asdict(self)) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> RunProgress:
+        """Read what `to_bytes` wrote. Raises `FormatError` for anything else."""
+        try:
+            return RunProgress(**json.loads(data))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FormatError(f"{PROGRESS}: not a run's progress: {error}; restore it from a backup", code="bad_progress") from None
+
+
+def results_document(config: RunConfig, stream: Stream, done: RunProgress, registry: _core.Registry) -> dict[str, Any]:
+    """The content of results.json (design section 5); a mode that was not evaluated is null."""
+    document: dict[str, Any] = {
+        "method": config.method,
+        "tasks": [task.name for task in stream.tasks],
+        "task_metrics": {task.name: task.metric for task in stream.tasks},
+        "base": done.base,
+    }
+    for mode in ("til", "tail"):
+        matrix = [row[mode] for row in done.rows if row[mode] is not None]
+        document[mode] = {"matrix": matrix, "metrics": transfer_metrics(matrix, done.base)} if matrix else None
+    confusion = done.rows[-1]["confusion"] if done.rows else None
+    if document["tail"] is not None and confusion is not None:
+        asked = sum(map(sum, confusion))
+        right = sum(row[index] for index, row in enumerate(confusion))
+        document["tail"] |= {"task_accuracy": 100.0 * right / asked if asked else None, "confusion": confusion}
+    return document | {
+        "capacity": done.capacity,
+        "overlap": registry.overlap() if registry.layers() else None,
+        "similar": done.similar,
+        "expert_use": done.expert_use,
+        "seconds": done.seconds,
+        "config": json.loads(config.to_bytes()),
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for whoever wants to repeat the run."""
+    import torch
+
+    names = ("moses-cl", "torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def task_bytes(files: dict[str, bytes], registry_bytes: int) -> dict[str, int]:
+    """Bytes on disk that a task's files add, by kind; a file's header counts with its largest kind.
+
+    `weights` are all adapter tensors of no other kind; `masks` what the registry's file grew by.
+    """
+    sizes = {"weights": 0, "masks": registry_bytes, "routers": 0, "heads": 0, "identifier": 0}
+    for name, data in files.items():
+        if name.startswith("identifier/"):
+            sizes["identifier"] += len(data)
+            continue
+        payload = 0
+        for key, tensor in safetensors.deserialize(data):
+            size = len(tensor["data"])
+            payload += size
+            sizes["routers" if key == "router" else "heads" if key.startswith("head.") else "weights"] += size
+        sizes["weights"] += len(data) - payload
+    return sizes

@@ -1,0 +1,141 @@
+"""The task's router: which experts of the banks in a block a token uses, and with what weight.
+
+MoSEs (Kang, arXiv 2511.06237) routes with a matrix a task, p_t(x) = softmax(W_t x), keeps the top k and renormalises. One
+router serves all linear maps of a block and works in a small fixed random space of the block's input, since a matrix of
+N x D_in a linear map costs more bytes than a rank-1 LoRA of that map. Arithmetic is float32 (float64 for float64 input).
+Ties go to the lower expert id.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .context import TaskContext
+from .errors import ModelError
+
+
+def topk_gates(logits: Tensor, top_k: int) -> Tensor:
+    """Renormalised top-k of the softmax, as a dense matrix.
+
+    Args:
+        logits: (..., N) float32 or float64.
+        top_k: experts a token uses; at most N.
+
+    Returns:
+        (..., N) of the same dtype: zero for the experts not used, and a row sums to 1. Equal logits go to the lower expert.
+    """
+    probabilities = logits.softmax(-1)
+    if top_k >= logits.shape[-1]:
+        return probabilities
+    ranked = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    values, experts = ranked.values[..., :top_k], ranked.indices[..., :top_k]
+    return torch.zeros_like(probabilities).scatter(-1, experts, values / values.sum(-1, keepdim=True))
+
+
+class TaskRouter(nn.Module):
+    """Routers of all tasks at one place of the model, over `dim` input features.
+
+    `frozen` holds the ended tasks' rows (a buffer, in no optimizer), `weight` the open task's.
+
+    Attributes:
+        projection: (dim, router_dim) fixed random map from a seed, or None where routers see the input itself.
+        frozen: (slots, N, width) float32; `slots` maps a task's id to its row and to its number of experts.
+    """
+
+    projection: Tensor | None
+    frozen: Tensor
+
+    def __init__(self, name: str, dim: int, num_experts: int, top_k: int, router_dim: int | None, seed: int, context: TaskContext) -> None:
+        super().__init__()
+        self.name, self.top_k, self.context = name, top_k, context
+        self.num_experts = num_experts
+        generator = torch.Generator().manual_seed(seed)
+        self.width = dim if router_dim is None else router_dim
+        projection = None if router_dim is None else torch.randn(dim, router_dim, generator=generator) * dim**-0.5
+        self.register_buffer("projection", projection)
+        # The same start for every task: a later task that reuses experts finds them where the earlier one put them.
+        self.register_buffer("initial", torch.randn(num_experts, self.width, generator=generator) * 0.5)
+        self.register_buffer("frozen", torch.zeros(0, num_experts, self.width))
+        self.register_parameter("weight", None)
+        self.slots: dict[int, tuple[int, int]] = {}
+        self.seed = seed
+
+    def open(self, like: int | None = None) -> None:
+        """Give the open task a router of its own, started from task `like`'s where there is one."""
+        start = self.initial.clone()  # type: ignore[operator]
+        if like is not None:
+            start[: self.slots[like][1]] = self.task_weight(like)
+        self.weight = nn.Parameter(start)
+
+    def close(self, task: int | None) -> None:
+        """Move the open task's router to the buffer as `task`'s; None drops it."""
+        if task is not None:
+            self.load(task, self.weight.detach())
+        self.weight = None
+
+    def load(self, task: int, weight: Tensor) -> None:
+        """Set `task`'s frozen router to `weight` (N, width)."""
+        row = torch.zeros(1, self.num_experts, self.width, dtype=self.frozen.dtype, device=self.frozen.device)
+        row[0, : weight.shape[0]] = weight
+        self.slots[task] = (self.frozen.shape[0], weight.shape[0])
+        self.frozen = torch.cat([self.frozen, row])
+
+    def forget(self, task: int) -> None:
+        """Remove `task`'s router."""
+        slot, _ = self.slots.pop(task)
+        keep = [row for row in range(self.frozen.shape[0]) if row != slot]
+        self.frozen = self.frozen[keep]
+        self.slots = {other: (row - (row > slot), count) for other, (row, count) in self.slots.items()}
+
+    def grow(self, num_experts: int) -> None:
+        """Make room for `num_experts` experts; ended tasks go on with the experts they had."""
+        added = num_experts - self.num_experts
+        generator = torch.Generator().manual_seed(self.seed + num_experts)
+        fresh = torch.randn(added, self.width, generator=generator).to(self.initial) * 0.5  # type: ignore[arg-type]
+        self.initial = torch.cat([self.initial, fresh])  # type: ignore[list-item]
+        self.frozen = F.pad(self.frozen, (0, 0, 0, added))
+        self.num_experts = num_experts
+
+    def task_weight(self, task: int) -> Tensor:
+        """(N, width) float32 router of an ended task, or of the open one."""
+        if task == self.context.open_task:
+            return self.weight
+        slot, count = self.slots[task]
+        return self.frozen[slot, :count]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Gates of every group of the context for `x` (batch, ..., dim): a tuple of (group's rows, ..., N) float32.
+
+        Raises:
+            ModelError: a logit is NaN or infinite (on CUDA a device-side assert).
+        """
+        return tuple(self._gates(group.take(x), group.task) for group in self.context.groups)
+
+    def _gates(self, x: Tensor, task: int) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if x.dtype == torch.float64 else x.float()
+            # Standardised, so that a block's depth (the residual stream grows with it) does not set the router's temperature.
+            x = F.layer_norm(x, x.shape[-1:])
+            if self.projection is not None:
+                x = x @ self.projection.to(x.dtype)
+            logits = F.linear(x, self.task_weight(task).to(x.dtype))
+            self._check(logits)
+            gates = topk_gates(logits, self.top_k)
+        if self.context.counts is not None:
+            used = (gates.detach() > 0).flatten(0, -2).sum(0).cpu()
+            key = (task, self.name)
+            self.context.counts[key] = self.context.counts.get(key, 0) + used
+        return gates
+
+    def _check(self, logits: Tensor) -> None:
+        finite = torch.isfinite(logits).all()
+        if logits.device.type != "cpu" or torch.compiler.is_compiling():
+            torch._assert_async(finite, "the router's logits are not finite")
+        elif not bool(finite):
+            raise ModelError(
+                f"router {self.name} got logits that are not finite; the model's activations overflow: lower the learning rate "
+                "or use a wider dtype",
+                code="router_not_finite",
+            )

@@ -1,0 +1,376 @@
+"""One run being made or read: its folder, method, stream, identifier, and the rows evaluated so far.
+
+Everything that must survive a crash is committed to the store; what is only shown (results.json, log.jsonl) is written
+beside it and can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _core
+from .answers import Answerer, TaskFormat, autocast
+from .attached import MosesModel
+from .checkpoint import adopt_registry, is_run, load_base, load_method, model_source, read_config, task_files
+from .config import TrainConfig, from_settings, to_json
+from .errors import ModelError, RunError
+from .evaluate import Evaluator, prompts
+from .methods import Method, method_class
+from .models import kind_of, load_model
+from .progress import Progress
+from .results import RunProgress, results_document, task_bytes
+from .run_config import RunConfig, StreamSource
+from .run_files import CONFIG, LOG, PROGRESS, REGISTRY, RESULTS
+from .stream import Stream, load_stream
+from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features
+from .stream.prompt import Kind, label_names
+from .stream.task import Task
+
+
+@dataclass
+class Session:
+    """A run that is open for writing.
+
+    Attributes:
+        path: the run folder.
+        store: its files.
+        config: what the run was made from.
+        method: the method with the model.
+        tokenizer, kind: of the model.
+        stream: the tasks.
+        formats: how each task's answers are read off.
+        identifier: infers tasks; fed by `commit_task`.
+        train_config: as in `config`, typed.
+        progress: where work is shown.
+        done: rows and figures so far.
+    """
+
+    path: Path
+    store: _core.Store
+    config: RunConfig
+    method: Method
+    tokenizer: Any
+    kind: Kind
+    stream: Stream
+    formats: dict[str, TaskFormat]
+    identifier: TaskIdentifier
+    train_config: TrainConfig
+    progress: Progress
+    done: RunProgress
+
+    @property
+    def ended(self) -> set[str]:
+        """Names of the tasks that are trained and committed."""
+        return {info.name for info in self.method.registry.tasks() if info.state == "ended"}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last task is trained and its row evaluated."""
+        return len(self.done.rows) == len(self.stream.tasks)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluate_base(self) -> None:
+        """Evaluate and commit R[0], unless that is done."""
+        if self.done.base is not None:
+            return
+        columns = range(len(self.stream.tasks))
+        with self._phase("evaluate base", columns, modes=1) as tick:
+            self.done.base = self._evaluator().base_row(columns, tick)
+        self._commit_progress()
+
+    def evaluate_row(self, trained: Sequence[str]) -> None:
+        """Evaluate and commit the row after the last task of `trained`, unless that is done."""
+        number = len(trained)
+        if len(self.done.rows) >= number:
+            return
+        last = number == len(self.stream.tasks)
+        columns = range(len(self.stream.tasks)) if last or self.train_config.eval_rows == "all" else range(number - 1, number)
+        row: dict[str, Any] = {"til": None, "tail": None, "confusion": None}
+        evaluator = self._evaluator()
+        modes = self.train_config.eval_modes
+        with self._phase(f"evaluate {number}/{len(self.stream.tasks)} {trained[-1]}", columns, len(modes)) as tick:
+            if "til" in modes:
+                with self._counting(last):
+                    row["til"] = evaluator.til_row(trained, columns, tick)
+            if "tail" in modes:
+                row["tail"], row["confusion"] = evaluator.tail_row(trained, columns, tick)
+        self.done.rows.append(row)
+        self._commit_progress()
+        self.write_results()
+        shown = row["til"] or row["tail"]
+        self.progress.say("  ".join(f"{task.name} {cell:.1f}" for task, cell in zip(self.stream.tasks, shown, strict=True) if cell is not None))
+
+    def final_scores(self, modes: Sequence[str]) -> dict[str, Any]:
+        """Evaluate the row of all ended tasks again, without writing anything."""
+        trained = [task.name for task in self.stream.tasks if task.name in self.ended]
+        columns = range(len(self.stream.tasks))
+        evaluator = self._evaluator()
+        scores: dict[str, Any] = {"method": self.config.method, "tasks": [task.name for task in self.stream.tasks]}
+        with self._phase("evaluate", columns, len(modes)) as tick:
+            if "til" in modes:
+                row = evaluator.til_row(trained, columns, tick)
+                scores["til"] = {"row": row, "op": _mean(row)}
+            if "tail" in modes:
+                row, confusion = evaluator.tail_row(trained, columns, tick)
+                scores["tail"] = {"row": row, "op": _mean(row), "confusion": confusion}
+        return scores
+
+    def answer(self, name: str | None, prompt: str) -> str:
+        """The answer to one prompt by the parameters of task `name`, or by the base model."""
+        if name is None and self.kind == "classifier":
+            return ""
+        longest = TaskFormat(max((form.max_new_tokens for form in self.formats.values()), default=64), ())
+        with self.method.answer(name):
+            return self._answerer().answer(self.method.model, [prompt], self.formats[name] if name else longest)[0]
+
+    # -- tasks ---------------------------------------------------------------------------------------------------------
+
+    def prompt_features_of(self, task: Task) -> Tensor:
+        """(examples, D) features of a task's training prompts, by the base model."""
+        return self.features(prompts(task.train))
+
+    def features(self, questions: Sequence[str]) -> Tensor:
+        """(prompts, D) float32 features of the base model, which the task identifier reads."""
+        model, device = self.method.model, next(self.method.model.parameters()).device
+        model.eval()
+        parts: list[Tensor | None] = [None] * len(questions)
+        answerer = self._answerer()
+        with torch.no_grad(), self.method.answer(None), autocast(device, self.train_config.precision):
+            for indices, batch in answerer.batches(questions, 1):
+                found = prompt_features(model, batch["input_ids"].to(device), batch["attention_mask"].to(device), self.identifier.config.layer)
+                for index, row in zip(indices, found.float().cpu(), strict=True):
+                    parts[index] = row
+        return torch.stack([part for part in parts if part is not None])
+
+    def most_similar(self, features: Tensor) -> str | None:
+        """The ended task that the identifier takes most of these prompts for; None before the first."""
+        if not self.ended:
+            return None
+        found = self.identifier.predict(features)
+        mean = torch.as_tensor(found.probabilities).double().mean(0)
+        names = {info.id: info.name for info in self.method.registry.tasks()}
+        return names[sorted(self.identifier.task_ids)[int(mean.argmax())]]
+
+    def commit_task(self, name: str, features: Tensor, similar: str | None) -> None:
+        """Write an ended task: its tensors, the registry and the identifier's state, in one commit."""
+        before = self.store.files()[REGISTRY].bytes
+        self.identifier.add_task(self.method.registry.task(name).id, features)
+        put = {REGISTRY: self.method.registry.to_bytes()}
+        for other in self.method.rewritten(name):
+            put |= task_files(self.method, self.identifier, other)
+        files = task_files(self.method, self.identifier, name)
+        put |= files
+        self.done.capacity.append(
+            {
+                "task": name,
+                "bytes": task_bytes(files, len(put[REGISTRY]) - (before if self.done.capacity else 0)),
+                "bank_fraction": self.method.registry.bank_fraction() if self.method.registry.layers() else None,
+            }
+        )
+        if similar is not None:
+            self.done.similar[name] = similar
+        self.store.commit({**put, PROGRESS: self.done.to_bytes()})
+
+    def add_seconds(self, what: str, seconds: float) -> None:
+        """Add to the time spent on `what`."""
+        self.done.seconds[what] = self.done.seconds.get(what, 0.0) + seconds
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def write_results(self) -> dict[str, Any]:
+        """Write results.json from what is committed, and return it."""
+        document = results_document(self.config, self.stream, self.done, self.method.registry)
+        _core.atomic_write(self.path / RESULTS, (json.dumps(document, indent=1) + "\n").encode())
+        return document
+
+    def log_callback(self, task: str) -> Any:
+        """A callback of the Trainer that appends what it logs to log.jsonl."""
+        from transformers import TrainerCallback
+
+        path = self.path / LOG
+
+        class LogCallback(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+                if state.is_world_process_zero and logs:
+                    with path.open("a") as file:
+                        file.write(json.dumps({"task": task, "step": state.global_step, **logs}) + "\n")
+
+        return LogCallback()
+
+    def _commit_progress(self) -> None:
+        self.store.commit({PROGRESS: self.done.to_bytes()})
+
+    def _answerer(self) -> Answerer:
+        return Answerer(self.tokenizer, self.kind, self.train_config)
+
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.method, self._answerer(), self.stream, self.formats, self.identifier, self.features)
+
+    @contextmanager
+    def _phase(self, title: str, columns: Sequence[int], modes: int) -> Iterator[Any]:
+        limit = self.train_config.eval_limit
+        total = sum(len(self.stream.tasks[column].test[:limit]) for column in columns) * modes
+        done = 0
+        with self.progress.phase(title, total=total) as phase:
+
+            def tick(task: str, count: int) -> None:
+                nonlocal done
+                done += count
+                phase.update(done)
+
+            yield tick
+
+    @contextmanager
+    def _counting(self, count: bool) -> Iterator[None]:
+        model = self.method.model
+        if not count or not isinstance(model, MosesModel):
+            yield
+            return
+        with model.counting_experts() as counts:
+            yield
+        names = {info.id: info.name for info in self.method.registry.tasks()}
+        for (task, router), tokens in counts.items():
+            shares = (tokens.double() / max(int(tokens.sum()), 1)).tolist()
+            self.done.expert_use.setdefault(names[task], {})[router] = shares
+
+
+@contextmanager
+def start_session(
+    path: str | PathLike[str],
+    model: nn.Module | str,
+    tokenizer: Any,
+    stream: Stream,
+    source: str | None,
+    method: str,
+    method_config: Any,
+    train_config: TrainConfig,
+    identifier_config: IdentifierConfig,
+    dtype: str,
+    resume: bool,
+    progress: Progress,
+) -> Iterator[Session]:
+    """Begin a run, or go on with one that was interrupted. See `moses.train`."""
+    folder = Path(path)
+    exists = is_run(folder)
+    if exists and not resume:
+        raise RunError(f"{folder}: holds a run already; go on with it by --resume, or give another --out", code="run_exists")
+    if not exists and folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise RunError(f"{folder}: is neither empty nor a run; give another --out", code="not_a_run")
+    model_name = model if isinstance(model, str) else None
+    if isinstance(model, str):
+        model, tokenizer, kind = load_model(model, dtype)
+    elif tokenizer is None:
+        raise ModelError("a model in memory needs its tokenizer; pass both", code="tokenizer_needed")
+    else:
+        kind = kind_of(model.config)
+    if isinstance(model, MosesModel):
+        raise ModelError("the model has sub-experts already; give the base model, or moses.detach it", code="already_attached")
+    formats = {task.name: _format(task, tokenizer, kind, train_config) for task in stream.tasks}
+    config = RunConfig(
+        method=method,
+        method_config=to_json(method_config),
+        train_config=to_json(train_config),
+        identifier_config=to_json(identifier_config),
+        model=model_source(model, model_name),
+        stream=stream_source(stream, source),
+        formats={name: {"max_new_tokens": form.max_new_tokens, "labels": list(form.labels)} for name, form in formats.items()},
+    )
+    with ExitStack() as stack:
+        store = stack.enter_context(_core.Store.open(folder, write=True) if exists else _core.Store.create(folder))
+        if store.recovered:
+            progress.say(store.recovered)
+        if CONFIG in store.files():
+            read_config(store).require_same(config)
+        else:
+            registry = _core.Registry()
+            store.commit({CONFIG: config.to_bytes(), REGISTRY: registry.to_bytes()})
+        yield _session(folder, store, config, model, tokenizer, stream, formats, progress)
+
+
+@contextmanager
+def open_session(path: str | PathLike[str], model: nn.Module | str | None = None, stream: Stream | str | None = None) -> Iterator[Session]:
+    """Open a run to evaluate it or to answer with it; nothing is written.
+
+    Raises:
+        RunError: the stream or tokenizer is not where the run says, or has changed.
+    """
+    with _core.Store.open(path) as store:
+        config = read_config(store)
+        if config.stream is None:
+            raise RunError(f"{path}: was saved without a stream; use moses.load and evaluate it by hand", code="no_stream")
+        if not isinstance(stream, Stream):
+            place = stream or config.stream.source
+            if place is None:
+                raise RunError(f"{path}: its stream was given in memory; pass it again", code="no_stream")
+            stream = load_stream(place, config.stream.tasks)
+        if stream_source(stream, None).digest != config.stream.digest:
+            raise RunError(f"{path}: the stream {config.stream.source} is not the one of the run; its examples have changed", code="stream_differs")
+        source = model if isinstance(model, str) else config.model.source
+        if source is None:
+            raise ModelError(f"{path}: its base model was given in memory; name one", code="model_needed")
+        base, tokenizer, _ = load_model(source, config.model.dtype)
+        formats = {name: TaskFormat(form["max_new_tokens"], tuple(form["labels"])) for name, form in config.formats.items()}
+        yield _session(Path(path), store, config, base, tokenizer, stream, formats, Progress())
+
+
+def stream_source(stream: Stream, source: str | None) -> StreamSource:
+    """What a run says of its stream."""
+    texts = [
+        (f"{task.name}/{split}", json.dumps([[row.prompt, row.answer] for row in getattr(task, split)]).encode())
+        for task in stream.tasks
+        for split in ("train", "test")
+    ]
+    names = tuple(task.name for task in stream.tasks)
+    return StreamSource(source, stream.name, names, {task.name: task.metric for task in stream.tasks}, _core.hash_buffers(texts))
+
+
+def _session(
+    folder: Path, store: _core.Store, config: RunConfig, model: nn.Module, tokenizer: Any, stream: Stream, formats: dict[str, TaskFormat], progress: Progress
+) -> Session:
+    base = load_base(config, model)
+    done = RunProgress.from_bytes(store.read(PROGRESS)) if PROGRESS in store.files() else RunProgress()
+    method, identifier = load_method(store, config, base)
+    assert identifier is not None
+    if isinstance(method.model, MosesModel):
+        method.model.identifier = identifier
+    return Session(
+        path=folder,
+        store=store,
+        config=config,
+        method=method,
+        tokenizer=tokenizer,
+        kind=config.model.kind,  # type: ignore[arg-type]
+        stream=stream,
+        formats=formats,
+        identifier=identifier,
+        train_config=from_settings(TrainConfig, config.train_config),
+        progress=progress,
+        done=done,
+    )
+
+
+def _format(task: Task, tokenizer: Any, kind: Kind, config: TrainConfig) -> TaskFormat:
+    if kind == "classifier":
+        return TaskFormat(1, tuple(label_names(task.train)))
+    if config.max_new_tokens is not None:
+        return TaskFormat(config.max_new_tokens, ())
+    longest = max(len(tokenizer(example.answer, add_special_tokens=False)["input_ids"]) for example in task.train)
+    return TaskFormat(longest + 4, ())
+
+
+def _mean(row: Sequence[float | None]) -> float | None:
+    cells = [cell for cell in row if cell is not None]
+    return sum(cells) / len(cells) if cells else None
+
+
+__all__ = ["Session", "adopt_registry", "method_class", "open_session", "start_session"]

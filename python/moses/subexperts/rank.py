@@ -1,0 +1,136 @@
+"""A bank whose masks select whole rank components: unit j is row A[j] with row B[j], and belongs to expert j // R.
+
+Structured masks cost next to nothing on disk, and a task computes only with the components it uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import _core
+
+SPACE = "components"
+
+
+@dataclass
+class _View:
+    """Units of one task, ascending, and the expert of each: (C,) int64."""
+
+    units: Tensor
+    experts: Tensor
+
+
+class RankBank(nn.Module):
+    """N experts of rank R beside a D_out x D_in map, masked by component.
+
+    Attributes:
+        frozen_A, frozen_B: (N*R, D_in) and (N*R, D_out) float32 buffers with the used components' values.
+        free_A, free_B: the open task's candidates, (F, D_in) and (F, D_out) parameters; None between tasks.
+    """
+
+    frozen_A: Tensor
+    frozen_B: Tensor
+
+    def __init__(self, d_out: int, d_in: int, num_experts: int, rank: int) -> None:
+        super().__init__()
+        self.d_out, self.d_in, self.rank, self.num_experts = d_out, d_in, rank, num_experts
+        self.register_buffer("frozen_A", torch.zeros(num_experts * rank, d_in))
+        self.register_buffer("frozen_B", torch.zeros(num_experts * rank, d_out))
+        self.register_parameter("free_A", None)
+        self.register_parameter("free_B", None)
+        self._views: dict[int, _View] = {}
+        self._fresh: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._reused: Tensor | None = None
+        self.open_task: int | None = None
+
+    @property
+    def spaces(self) -> list[tuple[str, int, int]]:
+        """(name, units an expert, bytes a unit) of each mask space, for the registry."""
+        return [(SPACE, self.rank, (self.d_in + self.d_out) * self.frozen_A.element_size())]
+
+    def open(self, task: int, fresh: dict[str, _core.Mask], reused: dict[str, _core.Mask], generator: torch.Generator) -> None:
+        """Make every `fresh` (free) component a candidate of `task`, on top of the frozen `reused` ones.
+
+        A starts as in PEFT's LoRA, uniform within 1/sqrt(D_in); B starts at zero, so the update starts at the reused part.
+        """
+        device = self.frozen_A.device
+        self.open_task = task
+        self._fresh, self._reused = mask_units(fresh[SPACE], device), mask_units(reused[SPACE], device)
+        self._kept = torch.arange(len(self._fresh), device=device)
+        start = (torch.rand(len(self._fresh), self.d_in, generator=generator) * 2 - 1) * self.d_in**-0.5
+        self.free_A = nn.Parameter(start.to(self.frozen_A))
+        self.free_B = nn.Parameter(torch.zeros(len(self._fresh), self.d_out, dtype=self.frozen_B.dtype, device=device))
+
+    @torch.no_grad()
+    def importance(self) -> dict[str, Tensor]:
+        """Of every candidate: |a| |b| / sqrt(D_in + D_out), (F,) float32, so that it compares by bytes across maps."""
+        size = (self.d_in + self.d_out) ** 0.5
+        return {SPACE: self.free_A.float().norm(dim=1) * self.free_B.float().norm(dim=1) / size}
+
+    def cut(self, kept: dict[str, Tensor]) -> None:
+        """Keep only the candidates marked in `kept` (F,) bool."""
+        self._kept = torch.nonzero(kept[SPACE]).flatten().to(self.frozen_A.device)
+
+    @torch.no_grad()
+    def close(self) -> dict[str, _core.Mask]:
+        """Copy the kept candidates into the frozen buffers; the task's masks, reused units included."""
+        new = self._fresh[self._kept]
+        self.frozen_A[new] = self.free_A[self._kept].to(self.frozen_A)
+        self.frozen_B[new] = self.free_B[self._kept].to(self.frozen_B)
+        units = torch.cat([self._reused, new]).cpu().tolist()
+        self.drop()
+        return {SPACE: _core.Mask.from_indices(self.num_experts * self.rank, sorted(units))}
+
+    def drop(self) -> None:
+        """Give up the open task's candidates."""
+        self.free_A = self.free_B = None
+        self._fresh = self._kept = self._reused = self.open_task = None
+
+    def read(self, task: int, masks: dict[str, _core.Mask]) -> None:
+        """Take `task`'s masks from the registry, for its forward."""
+        units = mask_units(masks[SPACE], self.frozen_A.device)
+        self._views[task] = _View(units, units // self.rank)
+
+    def forget(self, task: int) -> None:
+        """Forget what `read` took for `task`."""
+        self._views.pop(task, None)
+
+    def weights(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A (C, D_in), B (C, D_out) and the expert (C,) int64 of each component that `task` uses, in training or not."""
+        if task == self.open_task:
+            new = self._fresh[self._kept]
+            A = torch.cat([self.frozen_A[self._reused], self.free_A[self._kept]])
+            B = torch.cat([self.frozen_B[self._reused], self.free_B[self._kept]])
+            return A, B, torch.cat([self._reused, new]) // self.rank
+        view = self._views[task]
+        if view.units.device != self.frozen_A.device:
+            view.units, view.experts = view.units.to(self.frozen_A.device), view.experts.to(self.frozen_A.device)
+        return self.frozen_A[view.units], self.frozen_B[view.units], view.experts
+
+    def grow(self, count: int) -> None:
+        """Add `count` experts behind the present ones."""
+        self.num_experts += count
+        rows = count * self.rank
+        self.frozen_A = torch.cat([self.frozen_A, self.frozen_A.new_zeros(rows, self.d_in)])
+        self.frozen_B = torch.cat([self.frozen_B, self.frozen_B.new_zeros(rows, self.d_out)])
+
+    def values(self, space: str, mask: _core.Mask) -> Tensor:
+        """Frozen values of the units of `mask`, (units * (D_in + D_out),) float32 on the CPU, in the registry's order."""
+        units = mask_units(mask, self.frozen_A.device)
+        return torch.cat([self.frozen_A[units], self.frozen_B[units]], dim=1).flatten().cpu()
+
+    @torch.no_grad()
+    def load_values(self, space: str, mask: _core.Mask, values: Tensor) -> None:
+        """Set the frozen values of the units of `mask` from what `values` gave."""
+        units = mask_units(mask, self.frozen_A.device)
+        rows = values.reshape(len(units), self.d_in + self.d_out).to(self.frozen_A)
+        self.frozen_A[units], self.frozen_B[units] = rows[:, : self.d_in], rows[:, self.d_in :]
+
+
+def mask_units(mask: _core.Mask, device: torch.device) -> Tensor:
+    """Ascending unit numbers of a mask, (units,) int64."""
+    return torch.frombuffer(bytearray(mask.to_indices()), dtype=torch.int64).to(device) if mask.count else torch.zeros(0, dtype=torch.int64, device=device)

@@ -1,0 +1,46 @@
+//! Every cap, each with its reason. They are checked before anything is allocated.
+
+/// Units of one space. 4,096 experts of rank 8 on 8,192 inputs; a mask of that many units is 32 MiB.
+pub const MAX_UNITS: u64 = 1 << 28;
+/// Bytes of one unit: a rank component of a 1,000,000-wide map in float64 has room.
+pub const MAX_UNIT_BYTES: u64 = 1 << 24;
+/// Layers of a registry. The largest models have some thousands of linear maps.
+pub const MAX_LAYERS: u64 = 1 << 15;
+/// Spaces of one layer; moses uses one or two.
+pub const MAX_SPACES: u64 = 16;
+/// Experts of one layer.
+pub const MAX_EXPERTS: u64 = 1 << 16;
+/// Experts that a registry ever had: 100 layers of 10,000. A file names them by runs, memory holds each.
+pub const MAX_EXPERTS_IN_ALL: u64 = 1 << 20;
+/// Tasks that live at once.
+pub const MAX_TASKS: u64 = 1 << 16;
+/// Events of the history. Some for each task and layer that ever was.
+pub const MAX_EVENTS: u64 = 1 << 20;
+/// Bytes of a name of a layer, a space, a task or a domain.
+pub const MAX_NAME_BYTES: u64 = 512;
+/// Bytes of the bank in all, so that sums of bytes never overflow 64 bits.
+pub const MAX_BANK_BYTES: u64 = 1 << 60;
+/// Bytes of a registry: 100 element masks over a 7 B model are some 600 MB.
+pub const MAX_REGISTRY_BYTES: u64 = 1 << 31;
+/// What short encodings (full, runs) may unfold to in memory, on top of `MASK_GROWTH` times the file.
+pub const MASK_BUDGET_BYTES: u64 = 32 << 20;
+/// See [`MASK_BUDGET_BYTES`].
+pub const MASK_GROWTH: u64 = 8;
+
+/// Bytes of a manifest: some 50,000 files.
+pub const MAX_MANIFEST_BYTES: u64 = 16 << 20;
+/// Files of a run folder.
+pub const MAX_FILES: usize = 1 << 16;
+/// Bytes of the logical name of a file, and of one of its components (what file systems allow, with room for a suffix).
+pub const MAX_FILE_NAME_BYTES: usize = 512;
+/// See [`MAX_FILE_NAME_BYTES`].
+pub const MAX_COMPONENT_BYTES: usize = 200;
+/// Folders that a name may go down.
+pub const MAX_FILE_DEPTH: usize = 8;
+
+/// Bytes of a safetensors header: some 100,000 tensors. The format's own cap is 100 MB.
+pub const MAX_HEADER_BYTES: u64 = 16 << 20;
+/// Tensors of one safetensors file; more would unfold to more memory than a header may cost.
+pub const MAX_TENSORS: usize = 150_000;
+/// Dimensions of a tensor.
+pub const MAX_DIMENSIONS: usize = 16;

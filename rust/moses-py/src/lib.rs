@@ -1,0 +1,24 @@
+//! `moses._core`: converts between Python and moses-core and releases the GIL in every call that does work.
+
+#![allow(missing_docs)] // The Python face is documented in python/moses/_core.pyi.
+
+mod buffer;
+mod error;
+mod functions;
+mod mask;
+mod registry;
+mod store;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::functions::{atomic_write, blake3_hex, error_codes, hash_buffers, safetensors_header};
+    #[pymodule_export]
+    use super::mask::Mask;
+    #[pymodule_export]
+    use super::registry::{LayerInfo, Registry, SpaceInfo, TaskInfo};
+    #[pymodule_export]
+    use super::store::{FileInfo, Store};
+}

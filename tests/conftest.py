@@ -1,0 +1,75 @@
+"""Fixtures that many tests share: tiny random models of every family."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gpt2", "phi", "bert", "t5")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny models are faster on one thread, far more so where other work runs on the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _config(family: str) -> Any:
+    import transformers as hf
+
+    wide = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    decoder = wide | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return {
+        "llama": lambda: hf.LlamaConfig(**decoder),
+        "mistral": lambda: hf.MistralConfig(**decoder),
+        "qwen2": lambda: hf.Qwen2Config(**{key: value for key, value in decoder.items() if key != "head_dim"}),
+        "qwen3": lambda: hf.Qwen3Config(**decoder),
+        "gemma": lambda: hf.GemmaConfig(**decoder),
+        "gemma2": lambda: hf.Gemma2Config(**decoder),
+        "gpt2": lambda: hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        "phi": lambda: hf.PhiConfig(**{key: value for key, value in decoder.items() if key != "head_dim"}),
+        "bert": lambda: hf.BertConfig(**wide, max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        "t5": lambda: hf.T5Config(
+            vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, dropout_rate=0.0
+        ),
+    }[family]()
+
+
+def make_tiny_model(family: str, seed: int = 0) -> Any:
+    """A random model of a family: 2 blocks, width 32, vocabulary 97; in evaluation mode."""
+    import torch
+    import transformers as hf
+
+    kinds = {"bert": hf.AutoModelForSequenceClassification, "t5": hf.AutoModelForSeq2SeqLM}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kinds.get(family, hf.AutoModelForCausalLM).from_config(_config(family)).eval()
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    """Makes tiny random models: `tiny_model("llama")`."""
+    return make_tiny_model
+
+
+@pytest.fixture
+def tiny_batch() -> Callable[..., dict[str, Any]]:
+    """Makes a training batch for a family: `tiny_batch("llama", rows=3, tokens=7)`."""
+
+    def make(family: str, rows: int = 3, tokens: int = 7, seed: int = 1) -> dict[str, Any]:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        input_ids = torch.randint(3, 97, (rows, tokens), generator=generator)
+        labels = torch.randint(0, 2, (rows,), generator=generator) if family == "bert" else input_ids.clone()
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+    return make

@@ -1,0 +1,198 @@
+"""Every code of the core can be raised, as its class, with one line that says how to mend it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import moses.errors
+from moses._core import Mask, Registry, Store, error_codes, hash_buffers, safetensors_header
+from moses.errors import MosesError
+
+TREE = ["ConfigError", "StreamError", "ModelError", "RegistryError", "StoreError", "FormatError", "RunError"]
+
+
+def registry() -> Registry:
+    """One layer of eight units; task 0 uses 0 to 3, task 1 uses 3 to 5, task 2 is open."""
+    made = Registry()
+    layer = made.add_layer("layer", 2, [("components", 4, 2)])
+    for name, units in (("zero", [0, 1, 2, 3]), ("one", [3, 4, 5])):
+        made.end_task(made.begin_task(name), [(layer, "components", Mask.from_indices(8, units))])
+    made.begin_task("two")
+    return made
+
+
+def sealed(content: bytes) -> bytes:
+    from moses._core import blake3_hex
+
+    return content + bytes.fromhex(blake3_hex(content))
+
+
+def inconsistent() -> bytes:
+    """Bytes with a right checksum whose only event names a task that never was."""
+    data = Registry().to_bytes()[:-32]
+    history = data.rindex(b"\x03" + (1).to_bytes(8, "little"))
+    return sealed(data[:history] + b"\x03" + (3).to_bytes(8, "little") + b"\x01\x03\x07")
+
+
+def store(folder: Path) -> Store:
+    made = Store.create(folder / "run")
+    made.commit({"a": b"1"})
+    return made
+
+
+def opened(folder: Path, write: bool = False) -> Store:
+    store(folder).close()
+    return Store.open(folder / "run", write=write)
+
+
+def closed(folder: Path) -> Store:
+    made = store(folder)
+    made.close()
+    return made
+
+
+def damaged(folder: Path) -> Store:
+    made = store(folder)
+    (folder / "run" / "a").write_bytes(b"2")
+    return made
+
+
+def missing(folder: Path) -> Store:
+    made = store(folder)
+    (folder / "run" / "a").unlink()
+    return made
+
+
+def changed(folder: Path) -> Store:
+    writer = store(folder)
+    reader = Store.open(folder / "run")
+    writer.commit({"a": b"2"})
+    return reader
+
+
+def taken(folder: Path) -> Store:
+    made = store(folder)
+    for name in ("b", "b.g2"):
+        (folder / "run" / name).write_bytes(b"mine")
+    return made
+
+
+def manifest(folder: Path, **changes: object) -> Path:
+    closed(folder)
+    path = folder / "run" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder / "run"
+
+
+def shard(folder: Path) -> Path:
+    (folder / "x.safetensors").write_bytes(b"\xff" * 20)
+    return folder / "x.safetensors"
+
+
+CASES: dict[str, Callable[[Path], object]] = {
+    "limit_exceeded": lambda _: Mask.empty(2**28 + 1),
+    "mask_index": lambda _: Mask.from_indices(4, [4]),
+    "mask_lengths_differ": lambda _: Mask.empty(4) | Mask.empty(5),
+    "mask_shrinks": lambda _: Mask.empty(4).resized(3),
+    "layer_unknown": lambda _: registry().used(7, "components"),
+    "space_unknown": lambda _: registry().used(0, "A"),
+    "task_unknown": lambda _: registry().new_bytes(9),
+    "task_name_unknown": lambda _: registry().task("nine"),
+    "layer_name_taken": lambda _: registry().add_layer("layer", 1, [("A", 1, 1)]),
+    "task_name_taken": lambda _: closed_tasks().begin_task("one"),
+    "space_name_taken": lambda _: registry().add_layer("x", 1, [("A", 1, 1), ("A", 1, 1)]),
+    "name_invalid": lambda _: closed_tasks().begin_task("a\nb"),
+    "zero_count": lambda _: registry().add_experts(0, 0),
+    "task_open": lambda _: registry().begin_task("three"),
+    "task_ended": lambda _: registry().abandon_task(0),
+    "mask_given_twice": lambda _: registry().end_task(2, [(0, "components", Mask.empty(8))] * 2),
+    "mask_misfit": lambda _: registry().end_task(2, [(0, "components", Mask.empty(7))]),
+    "values_missing": lambda _: registry().assemble(1, {1: b"44"}),
+    "values_misfit": lambda _: registry().assemble(0, {0: b"1"}),
+    "hash_invalid": lambda _: registry().set_content_hash(0, "A" * 64),
+    "name_given_twice": lambda _: hash_buffers([("a", b""), ("a", b"")]),
+    "registry_inconsistent": lambda _: Registry.from_bytes(inconsistent()),
+    "format_magic": lambda _: Registry.from_bytes(b"\x80\x05pickle" * 9),
+    "format_version": lambda _: Registry.from_bytes(b"MOSESREG\x02\x00" + bytes(64)),
+    "format_truncated": lambda _: Registry.from_bytes(b"MOSESREG\x01\x00"),
+    "format_checksum": lambda _: Registry.from_bytes(b"MOSESREG\x01\x00" + bytes(64)),
+    "format_malformed": lambda _: Registry.from_bytes(sealed(b"MOSESREG\x01\x00\x09" + bytes(8))),
+    "format_oversized": lambda _: Registry.from_bytes(sealed(b"MOSESREG\x01\x00\x01" + b"\xff" * 8)),
+    "safetensors_invalid": lambda folder: safetensors_header(shard(folder)),
+    "manifest_invalid": lambda folder: Store.open(manifest(folder, generation=9)),
+    "file_damaged": lambda folder: damaged(folder).read("a"),
+    "not_a_run": lambda folder: Store.open(folder),
+    "store_exists": lambda folder: Store.create(opened(folder) and folder / "run"),
+    "store_locked": lambda folder: (store(folder), Store.open(folder / "run", write=True)),
+    "store_closed": lambda folder: closed(folder).read("a"),
+    "store_read_only": lambda folder: opened(folder).commit({"b": b""}),
+    "store_changed": lambda folder: changed(folder).read("a"),
+    "file_name_invalid": lambda folder: store(folder).commit({"../b": b""}),
+    "file_unknown": lambda folder: store(folder).read("b"),
+    "file_missing": lambda folder: missing(folder).read("a"),
+    "path_taken": lambda folder: taken(folder).commit({"b": b""}),
+}
+
+# Only a disk that fails in the middle of a commit gives these: store/tests.rs and test_io_faults.py do.
+OF_A_FAILING_DISK = {"commit_not_durable", "commit_unknown"}
+
+
+def closed_tasks() -> Registry:
+    made = registry()
+    made.end_task(2, [])
+    return made
+
+
+def test_every_code_has_a_case() -> None:
+    assert set(CASES) | OF_A_FAILING_DISK == set(error_codes())
+
+
+@pytest.mark.parametrize("code", sorted(CASES))
+def test_code(code: str, tmp_path: Path) -> None:
+    with pytest.raises(MosesError) as caught:
+        CASES[code](tmp_path)
+    error = caught.value
+    assert error.code == code
+    assert type(error).__name__ == error_codes()[code]
+    message = str(error)
+    assert "\n" not in message
+    assert ": " in message or "; " in message, "what happened, then how to mend it"
+    assert len(message) < 300 + len(str(tmp_path))
+
+
+def test_the_tree() -> None:
+    for name in TREE:
+        error = getattr(moses.errors, name)("what happened\n  and where")
+        assert isinstance(error, MosesError)
+        assert str(error) == "what happened and where"
+        assert error.code == name.removesuffix("Error").lower()
+    assert sorted(moses.errors.__all__) == sorted([*TREE, "MosesError"])
+
+
+def test_a_code_of_its_own_survives_pickling() -> None:
+    error = moses.errors.ConfigError("no such method", code="unknown_method")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.code, str(again)) == (type(error), "unknown_method", "no such method")
+
+
+def test_errors_and_the_core_import_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys, moses.errors\nfrom moses._core import Mask\n"
+        "try: Mask.from_indices(1, [1])\nexcept moses.errors.RegistryError as error: print(error.code)\n"
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["mask_index", "[]"]
+
+
+def test_the_stub_says_what_the_core_has() -> None:
+    pytest.importorskip("mypy.stubtest")
+    done = subprocess.run([sys.executable, "-m", "mypy.stubtest", "moses._core"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
