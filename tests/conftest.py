@@ -25,8 +25,21 @@ def _one_thread() -> None:
 def _config(family: str) -> Any:
     import transformers as hf
 
-    wide = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    decoder = wide | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    wide = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    decoder = wide | {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return {
         "llama": lambda: hf.LlamaConfig(**decoder),
         "mistral": lambda: hf.MistralConfig(**decoder),
@@ -34,11 +47,31 @@ def _config(family: str) -> Any:
         "qwen3": lambda: hf.Qwen3Config(**decoder),
         "gemma": lambda: hf.GemmaConfig(**decoder),
         "gemma2": lambda: hf.Gemma2Config(**decoder),
-        "gpt2": lambda: hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        "gpt2": lambda: hf.GPT2Config(
+            vocab_size=97,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
         "phi": lambda: hf.PhiConfig(**{key: value for key, value in decoder.items() if key != "head_dim"}),
-        "bert": lambda: hf.BertConfig(**wide, max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        "bert": lambda: hf.BertConfig(
+            **wide, max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        ),
         "t5": lambda: hf.T5Config(
-            vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, dropout_rate=0.0
+            vocab_size=97,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=2,
+            dropout_rate=0.0,
         ),
     }[family]()
 

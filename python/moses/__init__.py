@@ -17,23 +17,23 @@ from ._core import Mask, Registry
 from .errors import MosesError
 
 if TYPE_CHECKING:
-    from .attach import attach, detach
+    from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
     from .stream import load_stream
-    from .train import Run, train
+    from .training import Run, train
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "MosesConfig": "config",
     "TrainConfig": "config",
-    "attach": "attach",
-    "detach": "attach",
+    "attach": "attachment",
+    "detach": "attachment",
     "load": "checkpoint",
     "load_stream": "stream",
-    "Run": "train",
-    "train": "train",
+    "Run": "training",
+    "train": "training",
 }
 
 __all__ = [

@@ -38,7 +38,9 @@ class Answerer:
     kind: Kind
     config: TrainConfig
 
-    def batches(self, prompts: Sequence[str], max_new_tokens: int, cuts: Cuts | None = None) -> list[tuple[list[int], dict[str, Tensor]]]:
+    def batches(
+        self, prompts: Sequence[str], max_new_tokens: int, cuts: Cuts | None = None
+    ) -> list[tuple[list[int], dict[str, Tensor]]]:
         """(indices into `prompts`, batch of input_ids and attention_mask) with prompts of like length together."""
         room = self.config.max_length - (max_new_tokens if self.kind == "causal" else 0)
         rows = [
@@ -48,11 +50,19 @@ class Answerer:
         order = sorted(range(len(rows)), key=lambda index: (len(rows[index]["input_ids"]), index))
         collate = Collator(self.tokenizer, side="left" if self.kind == "causal" else "right")  # type: ignore[arg-type]
         size = self.config.eval_batch_size
-        return [(order[start : start + size], collate([rows[index] for index in order[start : start + size]])) for start in range(0, len(order), size)]
+        return [
+            (order[start : start + size], collate([rows[index] for index in order[start : start + size]]))
+            for start in range(0, len(order), size)
+        ]
 
     @torch.no_grad()
     def answer(
-        self, model: nn.Module, prompts: Sequence[str], form: TaskFormat, cuts: Cuts | None = None, tick: Callable[[int], None] | None = None
+        self,
+        model: nn.Module,
+        prompts: Sequence[str],
+        form: TaskFormat,
+        cuts: Cuts | None = None,
+        tick: Callable[[int], None] | None = None,
     ) -> list[str]:
         """One answer a prompt; `tick` is told how many prompts are done after each batch."""
         model.eval()
@@ -61,7 +71,11 @@ class Answerer:
         for indices, batch in self.batches(prompts, form.max_new_tokens, cuts):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with autocast(device, self.config.precision):
-                texts = self._classify(model, batch, form) if self.kind == "classifier" else self._generate(model, batch, form)
+                texts = (
+                    self._classify(model, batch, form)
+                    if self.kind == "classifier"
+                    else self._generate(model, batch, form)
+                )
             for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
             if tick is not None:
@@ -75,7 +89,11 @@ class Answerer:
     def _generate(self, model: nn.Module, batch: dict[str, Tensor], form: TaskFormat) -> list[str]:
         tokenizer = self.tokenizer
         tokens = model.generate(  # type: ignore[operator]
-            **batch, max_new_tokens=form.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id  # type: ignore[attr-defined]
+            **batch,
+            max_new_tokens=form.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
         )
         start = batch["input_ids"].shape[1] if self.kind == "causal" else 0
         texts = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)  # type: ignore[attr-defined]
@@ -84,4 +102,6 @@ class Answerer:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision as the Trainer has it, for evaluation to see what training saw."""
-    return torch.autocast(device.type, dtype=torch.float16 if precision == "float16" else torch.bfloat16, enabled=precision != "float32")
+    return torch.autocast(
+        device.type, dtype=torch.float16 if precision == "float16" else torch.bfloat16, enabled=precision != "float32"
+    )

@@ -38,7 +38,9 @@ class MosesModel(nn.Module):
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
-    def begin_task(self, name: str, *, domain: str | None = None, num_labels: int | None = None, similar_to: str | None = None) -> int:
+    def begin_task(
+        self, name: str, *, domain: str | None = None, num_labels: int | None = None, similar_to: str | None = None
+    ) -> int:
         """Open a task: its candidates become parameters, and plain forward and backward train them.
 
         Args:
@@ -57,7 +59,9 @@ class MosesModel(nn.Module):
         config, registry, context = self.moses_config, self.registry, self._context
         donor = None if similar_to is None else registry.task(similar_to).id
         if self._head is not None and (num_labels is None or num_labels < 2):
-            raise RegistryError(f"task {name!r} needs num_labels of at least 2: the model has a head a task", code="missing_labels")
+            raise RegistryError(
+                f"task {name!r} needs num_labels of at least 2: the model has a head a task", code="missing_labels"
+            )
         self._grow_when_full()
         task = registry.begin_task(name, domain)
         for layer, bank in self._layers():
@@ -87,7 +91,11 @@ class MosesModel(nn.Module):
             return
         banks = [bank for _, bank in self._layers()]
         if self.moses_config.granularity == "rank":
-            cut_ranks([bank for bank in banks if isinstance(bank, RankBank)], self.new_budget, self.moses_config.budget == "tensor")
+            cut_ranks(
+                [bank for bank in banks if isinstance(bank, RankBank)],
+                self.new_budget,
+                self.moses_config.budget == "tensor",
+            )
         else:
             self._select_elements()
             for bank in banks:
@@ -99,7 +107,9 @@ class MosesModel(nn.Module):
         """Freeze the open task: newly used weights go to the buffers, masks to the registry."""
         task = self._open_task()
         if self.registry.task(name).id != task:
-            raise RegistryError(f"task {name!r} is not the open one ({self._name(task)!r}); end that first", code="task_not_open")
+            raise RegistryError(
+                f"task {name!r} is not the open one ({self._name(task)!r}); end that first", code="task_not_open"
+            )
         self.cut_task()
         masks = [(layer.id, space, mask) for layer, bank in self._layers() for space, mask in bank.close().items()]
         self.registry.end_task(task, masks)
@@ -204,7 +214,7 @@ class MosesModel(nn.Module):
         prompts = inputs if inputs is not None else kwargs["input_ids"]
         found = self.identify(prompts, kwargs.get("attention_mask"))
         copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-        with self.tasks_of_rows(found.assigned().repeat_interleave(copies)):
+        with self.tasks_of_rows(assigned(found).repeat_interleave(copies)):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -245,12 +255,18 @@ class MosesModel(nn.Module):
 
     def owned_values(self) -> dict[int, bytes]:
         """For every ended task, the bytes of the values that it owns, in the registry's order."""
-        return {task.id: self.task_values(task.id).numpy().tobytes() for task in self.registry.tasks() if task.state == "ended"}
+        return {
+            task.id: self.task_values(task.id).numpy().tobytes()
+            for task in self.registry.tasks()
+            if task.state == "ended"
+        }
 
     def task_values(self, task: int) -> Tensor:
         """(values,) float32 that `task` owns (is the first live task to use)."""
         parts = [
-            bank.values(space.name, self.registry.owned(task, layer.id, space.name)) for layer, bank in self._layers() for space in layer.spaces
+            bank.values(space.name, self.registry.owned(task, layer.id, space.name))
+            for layer, bank in self._layers()
+            for space in layer.spaces
         ]
         return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -302,10 +318,27 @@ class MosesModel(nn.Module):
             router.load(task, values[place : place + size].reshape(experts, router.width))
             place += size
 
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of the base model by the names they had before `attach`; not copies."""
+        persistent = self.state_dict(keep_vars=True)
+        every = dict(self.named_parameters()) | {name: t for name, t in self.named_buffers() if name in persistent}
+        added = [f"{path}.{part}." for path in self._banks() for part in ("bank", "router")]
+        tensors = {}
+        for name, tensor in every.items():
+            if not any(name.startswith(prefix) for prefix in added):
+                tensors[name.replace(".base_layer.", ".")] = tensor
+        if self._head is not None:
+            path, (original,) = self._head.replaced
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(path + ".")}
+            tensors |= {f"{path}.{name}": tensor for name, tensor in original.named_parameters()}
+        return tensors
+
     def read_task(self, task: int) -> None:
         """Read a task's masks from the registry, so that switching to it is one assignment."""
+        num_experts = min(router.slots[task][1] for router in self._routers().values())
         for layer, bank in self._layers():
-            bank.read(task, {space.name: self.registry.mask(task, layer.id, space.name) for space in layer.spaces})
+            masks = {space.name: self.registry.mask(task, layer.id, space.name) for space in layer.spaces}
+            bank.read(task, masks, num_experts)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -329,7 +362,11 @@ class MosesModel(nn.Module):
     def _grow_when_full(self) -> None:
         # Where a layer has less than one expert left, every layer gets one more: a block's router serves banks of one size.
         layers = list(self._layers())
-        full = any(self.registry.free(layer.id, space.name).count < space.units_per_expert for layer, _ in layers for space in layer.spaces)
+        full = any(
+            self.registry.free(layer.id, space.name).count < space.units_per_expert
+            for layer, _ in layers
+            for space in layer.spaces
+        )
         if not full:
             return
         for layer, bank in layers:
@@ -360,7 +397,9 @@ class MosesModel(nn.Module):
 
     def _need_identifier(self) -> TaskIdentifier:
         if self.identifier is None:
-            raise RegistryError("the model has no task identifier, so a task must be given; moses.train makes one", code="no_identifier")
+            raise RegistryError(
+                "the model has no task identifier, so a task must be given; moses.train makes one", code="no_identifier"
+            )
         return self.identifier
 
     def _name(self, task: int) -> str:
@@ -384,7 +423,14 @@ def mix_in(
     model.__class__ = _class_of(type(model))
     # Set past nn.Module's own bookkeeping: these modules are already children elsewhere in the tree.
     model.__dict__.update(
-        moses_config=config, registry=registry, identifier=None, _context=context, _bank_modules=banks, _router_modules=routers, _head=head, _was_cut=False
+        moses_config=config,
+        registry=registry,
+        identifier=None,
+        _context=context,
+        _bank_modules=banks,
+        _router_modules=routers,
+        _head=head,
+        _was_cut=False,
     )
     model.__dict__["_moses_hook"] = model.register_forward_pre_hook(before_model, with_kwargs=True)
     assert isinstance(model, MosesModel)
@@ -394,7 +440,17 @@ def mix_in(
 def take_out(model: MosesModel) -> nn.Module:
     """Undo `mix_in`."""
     model._moses_hook.remove()  # type: ignore[operator, union-attr]
-    for name in ("moses_config", "registry", "identifier", "_context", "_bank_modules", "_router_modules", "_head", "_was_cut", "_moses_hook"):
+    for name in (
+        "moses_config",
+        "registry",
+        "identifier",
+        "_context",
+        "_bank_modules",
+        "_router_modules",
+        "_head",
+        "_was_cut",
+        "_moses_hook",
+    ):
         model.__dict__.pop(name)
     model.__class__ = type(model).__mro__[2]
     return model
@@ -403,12 +459,22 @@ def take_out(model: MosesModel) -> nn.Module:
 def before_model(model: MosesModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the whole model: select element masks in training, infer tasks of a batch in TaIL."""
     context = model._context
-    if context.open_task is not None and model.training and not model._was_cut and model.moses_config.granularity == "element":
+    if (
+        context.open_task is not None
+        and model.training
+        and not model._was_cut
+        and model.moses_config.granularity == "element"
+    ):
         model._select_elements()
     if context.infer and not (context.groups and _is_continuation(kwargs)):
         prompts = args[0] if args else kwargs["input_ids"]
-        context.groups = groups_by_task(model.identify(prompts, kwargs.get("attention_mask")).assigned())
+        context.groups = groups_by_task(assigned(model.identify(prompts, kwargs.get("attention_mask"))))
         model._set_labels()
+
+
+def assigned(found: Identification) -> Tensor:
+    """(batch,) int64 task ids, -1 where the task is unknown."""
+    return torch.from_numpy(found.task_ids).masked_fill(torch.from_numpy(found.unknown), -1)
 
 
 def _is_continuation(kwargs: dict[str, Any]) -> bool:
@@ -418,12 +484,17 @@ def _is_continuation(kwargs: dict[str, Any]) -> bool:
 
 def _require_room(values: Tensor, needed: int, what: str, task: int) -> None:
     if len(values) < needed:
-        raise FormatError(f"{what} of task {task} hold {len(values)} values, the registry's masks need {needed} or more", code="values_do_not_fit")
+        raise FormatError(
+            f"{what} of task {task} hold {len(values)} values, the registry's masks need {needed} or more",
+            code="values_do_not_fit",
+        )
 
 
 def _require_end(values: Tensor, needed: int, what: str, task: int) -> None:
     if len(values) != needed:
-        raise FormatError(f"{what} of task {task} hold {len(values)} values, {needed} were expected", code="values_do_not_fit")
+        raise FormatError(
+            f"{what} of task {task} hold {len(values)} values, {needed} were expected", code="values_do_not_fit"
+        )
 
 
 _CLASSES: dict[type, type] = {}
@@ -432,7 +503,9 @@ _CLASSES: dict[type, type] = {}
 def _class_of(base: type) -> type:
     if base not in _CLASSES:
         # The same name, for transformers looks model classes up by it.
-        _CLASSES[base] = type(base.__name__, (MosesModel, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+        _CLASSES[base] = type(
+            base.__name__, (MosesModel, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        )
     return _CLASSES[base]
 
 

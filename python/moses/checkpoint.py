@@ -20,10 +20,11 @@ from .attached import MosesModel
 from .config import TrainConfig, from_settings, to_json
 from .errors import FormatError, ModelError, RunError
 from .methods import Method, method_class
-from .models import fingerprint, kind_of, load_model
+from .models import fingerprint, fingerprint_of, kind_of, load_model
 from .run_config import ModelSource, RunConfig
 from .run_files import CONFIG, REGISTRY, adapter_file, identifier_file
 from .stream.identify import IdentifierConfig, TaskIdentifier
+from .targets import hidden_size
 
 
 def load(path: str | PathLike[str], model: nn.Module | str | None = None) -> Any:
@@ -54,14 +55,12 @@ def save(model: MosesModel, path: str | PathLike[str]) -> None:
     Raises:
         RunError: the folder is a run of another base model or of other settings.
     """
-    from .detached import base_of
-
     config = RunConfig(
         method="moses",
         method_config=to_json(model.moses_config),
         train_config=to_json(TrainConfig()),
         identifier_config={} if model.identifier is None else to_json(model.identifier.config),
-        model=model_source(base_of(model), getattr(model, "name_or_path", None) or None),
+        model=model_source(model, getattr(model, "name_or_path", None) or None),
         stream=None,
         formats={},
     )
@@ -72,7 +71,10 @@ def save(model: MosesModel, path: str | PathLike[str]) -> None:
         if CONFIG in files:
             old = read_config(store)
             if (old.model.fingerprint, old.method_config) != (config.model.fingerprint, config.method_config):
-                raise RunError(f"{path}: is a run of another model or of other settings; save to another folder", code="run_differs")
+                raise RunError(
+                    f"{path}: is a run of another model or of other settings; save to another folder",
+                    code="run_differs",
+                )
             config = old
         put = {CONFIG: config.to_bytes(), REGISTRY: model.registry.to_bytes()}
         for info in model.registry.tasks():
@@ -94,15 +96,26 @@ def forget_task(path: str | PathLike[str], name: str) -> dict[str, Any]:
         registry = _core.Registry.from_bytes(store.read(REGISTRY))
         task = registry.task(name)
         before = {info.id: read_tensors(store, adapter_file(info)) for info in registry.tasks()}
-        values = {info: tensors["weights"].numpy().tobytes() for info, tensors in before.items() if "weights" in tensors}
+        values = {
+            info: tensors["weights"].numpy().tobytes() for info, tensors in before.items() if "weights" in tensors
+        }
         kept = {info.id: info for info in registry.tasks() if info.id != task.id}
         flat = {info: registry.assemble(info, values) for info in kept} if values else {}
-        used = {(info, layer.id, space.name): registry.mask(info, layer.id, space.name) for info in kept for layer in registry.layers() for space in layer.spaces}
-        freed = sum(mask.count * _unit_bytes(registry, layer, space) for layer, space, mask in registry.forget_task(task.id))
+        used = {
+            (info, layer.id, space.name): registry.mask(info, layer.id, space.name)
+            for info in kept
+            for layer in registry.layers()
+            for space in layer.spaces
+        }
+        freed = sum(
+            mask.count * _unit_bytes(registry, layer, space) for layer, space, mask in registry.forget_task(task.id)
+        )
         put = {REGISTRY: registry.to_bytes()}
         for info in kept.values():
             if values and _owned(registry, info.id, used, flat[info.id]) != values[info.id]:
-                weights = torch.frombuffer(bytearray(_owned(registry, info.id, used, flat[info.id])), dtype=torch.float32)
+                weights = torch.frombuffer(
+                    bytearray(_owned(registry, info.id, used, flat[info.id])), dtype=torch.float32
+                )
                 put[adapter_file(info)] = write_safetensors(before[info.id] | {"weights": weights})
         stale = [file for file in (adapter_file(task), identifier_file(task)) if file in store.files()]
         store.commit(put, stale)
@@ -130,7 +143,9 @@ def load_base(config: RunConfig, model: nn.Module | str | None) -> nn.Module:
     if model is None or isinstance(model, str):
         source = model or config.model.source
         if source is None:
-            raise ModelError("the run's base model was given in memory; pass it to moses.load(path, model)", code="model_needed")
+            raise ModelError(
+                "the run's base model was given in memory; pass it to moses.load(path, model)", code="model_needed"
+            )
         labels = 2
         model, _, _ = load_model(source, config.model.dtype, num_labels=labels)
     found = fingerprint(model)
@@ -147,7 +162,11 @@ def load_method(store: _core.Store, config: RunConfig, base: nn.Module) -> tuple
     """The run's method attached to `base` with every ended task loaded, and its task identifier."""
     cls = method_class(config.method)
     method = cls(base, from_settings(cls.config_class, config.method_config))
-    identifier = TaskIdentifier(from_settings(IdentifierConfig, config.identifier_config)) if config.identifier_config else None
+    identifier = (
+        TaskIdentifier(from_settings(IdentifierConfig, config.identifier_config), hidden_size(base))
+        if config.identifier_config
+        else None
+    )
     if REGISTRY not in store.files():
         return method, identifier
     registry = _core.Registry.from_bytes(store.read(REGISTRY))
@@ -158,7 +177,9 @@ def load_method(store: _core.Store, config: RunConfig, base: nn.Module) -> tuple
             continue
         method.load_task(info.name, read_tensors(store, adapter_file(info)))
         if identifier is not None and identifier_file(info) in store.files():
-            identifier.load_task_state(info.id, {name: tensor.numpy() for name, tensor in read_tensors(store, identifier_file(info)).items()})
+            identifier.load_task_state(
+                info.id, {name: tensor.numpy() for name, tensor in read_tensors(store, identifier_file(info)).items()}
+            )
     return method, identifier
 
 
@@ -172,7 +193,11 @@ def adopt_registry(method: Method, registry: _core.Registry) -> None:
 def task_files(method: Method, identifier: TaskIdentifier | None, name: str) -> dict[str, bytes]:
     """The files that hold an ended task."""
     info = method.registry.task(name)
-    files = {adapter_file(info): write_safetensors({key: tensor.contiguous() for key, tensor in method.task_tensors(name).items()})}
+    files = {
+        adapter_file(info): write_safetensors(
+            {key: tensor.contiguous() for key, tensor in method.task_tensors(name).items()}
+        )
+    }
     if identifier is not None and info.id in identifier.task_ids:
         state = {key: torch.from_numpy(array).contiguous() for key, array in identifier.task_state(info.id).items()}
         files[identifier_file(info)] = write_safetensors(state)
@@ -188,13 +213,21 @@ def read_tensors(store: _core.Store, name: str) -> dict[str, Tensor]:
 
 
 def model_source(model: nn.Module, source: str | None) -> ModelSource:
-    """What a run says of its base model. Take it before anything is attached."""
+    """What a run says of its base model, attached or not."""
     config = model.config
-    return ModelSource(source, kind_of(config), str(config.model_type), str(next(model.parameters()).dtype).removeprefix("torch."), fingerprint(model))
+    return ModelSource(
+        source=source,
+        kind=kind_of(config),
+        model_type=str(config.model_type),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        fingerprint=fingerprint_of(model.base_tensors()) if isinstance(model, MosesModel) else fingerprint(model),
+    )
 
 
 def _unit_bytes(registry: _core.Registry, layer: int, space: str) -> int:
-    return next(part.unit_bytes for info in registry.layers() if info.id == layer for part in info.spaces if part.name == space)
+    return next(
+        part.unit_bytes for info in registry.layers() if info.id == layer for part in info.spaces if part.name == space
+    )
 
 
 def _owned(registry: _core.Registry, task: int, used: dict[tuple[int, int, str], _core.Mask], flat: bytes) -> bytes:
@@ -205,13 +238,26 @@ def _owned(registry: _core.Registry, task: int, used: dict[tuple[int, int, str],
             units = memoryview(used[task, layer.id, space.name].to_indices()).cast("Q").tolist()
             owned = set(memoryview(registry.owned(task, layer.id, space.name).to_indices()).cast("Q").tolist())
             size = space.unit_bytes
-            parts += [flat[place + index * size : place + (index + 1) * size] for index, unit in enumerate(units) if unit in owned]
+            parts += [
+                flat[place + index * size : place + (index + 1) * size]
+                for index, unit in enumerate(units)
+                if unit in owned
+            ]
             place += len(units) * size
     return b"".join(parts)
 
 
 def _require_layers(mine: _core.Registry, stored: _core.Registry) -> None:
-    ours = [(layer.name, [(space.name, space.units_per_expert, space.unit_bytes) for space in layer.spaces]) for layer in mine.layers()]
-    theirs = [(layer.name, [(space.name, space.units_per_expert, space.unit_bytes) for space in layer.spaces]) for layer in stored.layers()]
+    ours = [
+        (layer.name, [(space.name, space.units_per_expert, space.unit_bytes) for space in layer.spaces])
+        for layer in mine.layers()
+    ]
+    theirs = [
+        (layer.name, [(space.name, space.units_per_expert, space.unit_bytes) for space in layer.spaces])
+        for layer in stored.layers()
+    ]
     if ours != theirs:
-        raise FormatError(f"{REGISTRY}: its layers are not those of the model and config.json; restore both from one backup", code="layers_differ")
+        raise FormatError(
+            f"{REGISTRY}: its layers are not those of the model and config.json; restore both from one backup",
+            code="layers_differ",
+        )

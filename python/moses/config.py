@@ -18,7 +18,17 @@ RouterScope = Literal["block", "layer"]
 Config = TypeVar("Config")
 Reuse = Literal["similar", "all", "none"]
 
-IDENTITY_FIELDS = ("target_modules", "num_experts", "rank", "top_k", "alpha", "granularity", "router", "router_dim", "seed")
+IDENTITY_FIELDS = (
+    "target_modules",
+    "num_experts",
+    "rank",
+    "top_k",
+    "alpha",
+    "granularity",
+    "router",
+    "router_dim",
+    "seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,7 @@ class MosesConfig:
         rank: R, rank of each expert.
         top_k: experts a token uses.
         alpha: numerator of the scale alpha / rank of the update.
+        candidates: free components of a linear map that a new task starts with, spread over its experts (`rank` only).
         granularity: what a mask selects: whole rank components (`rank`) or single weights (`element`).
         density: share of the bank's bytes that the first task may use.
         growth: share of the first task's budget that each later task may add as newly used bytes.
@@ -48,6 +59,7 @@ class MosesConfig:
     rank: int = 8
     top_k: int = 2
     alpha: float = 32.0
+    candidates: int = 8
     granularity: Granularity = "rank"
     density: float = 0.1
     growth: float = 0.4
@@ -62,11 +74,13 @@ class MosesConfig:
         if isinstance(self.target_modules, list):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         names = self.target_modules
-        if names is not None and not isinstance(names, str) and not (
-            isinstance(names, tuple) and names and all(isinstance(name, str) and name for name in names)
+        if (
+            names is not None
+            and not isinstance(names, str)
+            and not (isinstance(names, tuple) and names and all(isinstance(name, str) and name for name in names))
         ):
             raise _wrong(self, "target_modules", "a name, a list of names, or null")
-        for field, least in (("num_experts", 1), ("rank", 1), ("top_k", 1), ("seed", 0)):
+        for field, least in (("num_experts", 1), ("rank", 1), ("top_k", 1), ("candidates", 1), ("seed", 0)):
             _check_int(self, field, least)
         if self.router_dim is not None:
             _check_int(self, "router_dim", 1)
@@ -136,7 +150,12 @@ class TrainConfig:
         if isinstance(self.eval_modes, list):
             object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
         for field, least in (
-            ("epochs", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("max_length", 8), ("eval_batch_size", 1), ("seed", 0)
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("gradient_accumulation", 1),
+            ("max_length", 8),
+            ("eval_batch_size", 1),
+            ("seed", 0),
         ):
             _check_int(self, field, least)
         for field in ("eval_limit", "max_new_tokens", "save_steps"):
@@ -180,7 +199,12 @@ def _check_int(config: object, field: str, least: int) -> None:
 
 def _check_real(config: object, field: str, low: float, high: float, open_low: bool = False) -> None:
     value = getattr(config, field)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value != float("inf")
+    good = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and value != float("inf")
+    )
     if not good or (open_low and value == low):
         raise _wrong(config, field, f"a number {'above' if open_low else 'from'} {low:g} to {high:g}")
 

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .answers import Answerer, TaskFormat
+from .attached import assigned
 from .methods import Method
 from .metrics import score
 from .stream.identify import TaskIdentifier
 from .stream.task import Example, Stream, Task
 
 Cell = float | None
-UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,9 @@ class Evaluator:
             row[column] = self._score(task, self._answers(name, task.name, prompts(self._test(task)), tick))
         return row
 
-    def tail_row(self, trained: Sequence[str], columns: Sequence[int], tick: Callable[[str, int], None]) -> tuple[list[Cell], list[list[int]]]:
+    def tail_row(
+        self, trained: Sequence[str], columns: Sequence[int], tick: Callable[[str, int], None]
+    ) -> tuple[list[Cell], list[list[int]]]:
         """Scores with the task inferred from each prompt, and how often each task was taken for which.
 
         Returns:
@@ -67,7 +68,10 @@ class Evaluator:
         assert self.identifier is not None and self.features is not None
         row: list[Cell] = [None] * len(self.stream.tasks)
         confusion = [[0] * (len(self.stream.tasks) + 1) for _ in self.stream.tasks]
-        position = {self.method.registry.task(name).id: [task.name for task in self.stream.tasks].index(name) for name in trained}
+        position = {
+            self.method.registry.task(name).id: [task.name for task in self.stream.tasks].index(name)
+            for name in trained
+        }
         for column in columns:
             task = self.stream.tasks[column]
             if task.name not in trained and self.answerer.kind == "classifier":
@@ -82,10 +86,11 @@ class Evaluator:
     def infer(self, questions: Sequence[str]) -> list[int]:
         """The id of the task that each prompt is taken for; -1 is unknown."""
         assert self.identifier is not None and self.features is not None
-        found = self.identifier.predict(self.features(questions))
-        return torch.where(torch.as_tensor(found.unknown), torch.tensor(UNKNOWN), torch.as_tensor(found.task_ids)).tolist()
+        return assigned(self.identifier.predict(self.features(questions))).tolist()
 
-    def answer_inferred(self, questions: Sequence[str], inferred: Sequence[int], fallback: str, tick: Callable[[str, int], None]) -> list[str]:
+    def answer_inferred(
+        self, questions: Sequence[str], inferred: Sequence[int], fallback: str, tick: Callable[[str, int], None]
+    ) -> list[str]:
         """Each prompt's answer by the parameters of the task it was taken for; the base model answers the unknown ones."""
         answers = [""] * len(questions)
         names = {info.id: info.name for info in self.method.registry.tasks()}
@@ -95,7 +100,9 @@ class Evaluator:
             if name is None and self.answerer.kind == "classifier":
                 tick(fallback, len(rows))
                 continue  # the base model has no head, so an unknown prompt has no answer
-            for index, text in zip(rows, self._answers(name, name or fallback, [questions[row] for row in rows], tick), strict=True):
+            for index, text in zip(
+                rows, self._answers(name, name or fallback, [questions[row] for row in rows], tick), strict=True
+            ):
                 answers[index] = text
         return answers
 
@@ -103,9 +110,13 @@ class Evaluator:
         """R[0]: the base model's scores; null for a model with heads, which has none before its tasks."""
         return self.til_row([], columns, tick)
 
-    def _answers(self, name: str | None, form: str, questions: Sequence[str], tick: Callable[[str, int], None]) -> list[str]:
+    def _answers(
+        self, name: str | None, form: str, questions: Sequence[str], tick: Callable[[str, int], None]
+    ) -> list[str]:
         with self.method.answer(name):
-            return self.answerer.answer(self.method.model, questions, self.formats[form], tick=lambda done: tick(form, done))
+            return self.answerer.answer(
+                self.method.model, questions, self.formats[form], tick=lambda done: tick(form, done)
+            )
 
     def _score(self, task: Task, answers: list[str]) -> float:
         examples = self._test(task)
@@ -120,7 +131,9 @@ def prompts(examples: Sequence[Example]) -> list[str]:
     return [example.prompt for example in examples]
 
 
-def evaluate_run(path: str | PathLike[str], mode: str = "both", model: Any = None, stream: Any = None) -> dict[str, Any]:
+def evaluate_run(
+    path: str | PathLike[str], mode: str = "both", model: Any = None, stream: Any = None
+) -> dict[str, Any]:
     """Evaluate the final row of a run again, from its folder alone.
 
     Args:

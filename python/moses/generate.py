@@ -5,8 +5,6 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-import torch
-
 from .errors import RunError
 from .session import open_session
 
@@ -25,11 +23,14 @@ def answer(path: str | PathLike[str], task: str | None, prompt: str) -> dict[str
         probability = None
         if task is None or task == "auto":
             found = session.identifier.predict(session.features([prompt]))
-            probability = float(torch.as_tensor(found.probabilities).max())
+            probability = float(found.probabilities.max())
             names = {info.id: info.name for info in registry.tasks()}
             name = None if bool(found.unknown[0]) else names[int(found.task_ids[0])]
         else:
             name = task
             if name not in session.ended:
-                raise RunError(f"{path}: has no trained task {name!r}; it has {', '.join(sorted(session.ended)) or 'none'}", code="unknown_task")
+                raise RunError(
+                    f"{path}: has no trained task {name!r}; it has {', '.join(sorted(session.ended)) or 'none'}",
+                    code="unknown_task",
+                )
         return {"task": name, "task_probability": probability, "answer": session.answer(name, prompt)}

@@ -72,7 +72,10 @@ class TaskHead(nn.Module):
         """
         groups = self.context.groups
         if not groups:
-            raise ModelError("no task is active, and a model with a head a task has none of its own; use `with model.task(...)`", code="no_task")
+            raise ModelError(
+                "no task is active, and a model with a head a task has none of its own; use `with model.task(...)`",
+                code="no_task",
+            )
         if groups[0].rows is None:
             return self._linear(x, groups[0].task)
         logits = x.new_full((*x.shape[:-1], max(self.labels[group.task] for group in groups)), float("-inf"))
@@ -101,5 +104,6 @@ def install_head(model: nn.Module, context: TaskContext) -> TaskHead | None:
             model.set_submodule(path, head)
             return head
     raise ModelError(
-        f"do not know where {type(model).__name__} keeps its classifier; looked for a linear map at {', '.join(_PATHS)}", code="unknown_architecture"
+        f"do not know where {type(model).__name__} keeps its classifier; looked for a linear map at {', '.join(_PATHS)}",
+        code="unknown_architecture",
     )

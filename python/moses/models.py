@@ -66,10 +66,8 @@ def load_model(
             )
         tokenizer.pad_token = tokenizer.eos_token
     model = _load_weights(name, source, kind, dtype, num_labels)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id
-        )  # a classifier on a decoder looks for the last token before it
+    if model.config.pad_token_id is None:  # a classifier on a decoder looks for the last token before the padding
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, kind
 
 
@@ -106,17 +104,22 @@ def fingerprint(model: torch.nn.Module) -> str:
     Non-persistent buffers (rotary tables and the like) are computed, not learned, and stay out. Take it before anything
     is attached.
     """
+    persistent = model.state_dict(keep_vars=True)
+    tensors = dict(model.named_parameters()) | {name: t for name, t in model.named_buffers() if name in persistent}
+    return fingerprint_of(tensors)
+
+
+def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
+    """As `fingerprint`, of tensors by name."""
     import torch
 
     from moses._core import hash_buffers
 
-    persistent = model.state_dict(keep_vars=True)
-    tensors = dict(model.named_parameters()) | {name: t for name, t in model.named_buffers() if name in persistent}
-    entries: list[tuple[str, Any]] = []  # numpy's arrays are buffers, which their types say from Python 3.12 on
+    entries = []
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         label = f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        entries.append((label, tensor.cpu().reshape(-1).view(torch.uint8).numpy()))
+        entries.append((label, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return hash_buffers(entries)
 
 

@@ -19,6 +19,7 @@ from .run_files import PROGRESS
 from .stream.task import Stream
 
 Row = list[float | None]
+METRICS = ("op", "avg", "bwt", "fwt", "forgetting")
 
 
 @dataclass
@@ -51,7 +52,9 @@ class RunProgress:
         try:
             return RunProgress(**json.loads(data))
         except (ValueError, TypeError, RecursionError) as error:
-            raise FormatError(f"{PROGRESS}: not a run's progress: {error}; restore it from a backup", code="bad_progress") from None
+            raise FormatError(
+                f"{PROGRESS}: not a run's progress: {error}; restore it from a backup", code="bad_progress"
+            ) from None
 
 
 def results_document(config: RunConfig, stream: Stream, done: RunProgress, registry: _core.Registry) -> dict[str, Any]:
@@ -64,7 +67,9 @@ def results_document(config: RunConfig, stream: Stream, done: RunProgress, regis
     }
     for mode in ("til", "tail"):
         matrix = [row[mode] for row in done.rows if row[mode] is not None]
-        document[mode] = {"matrix": matrix, "metrics": transfer_metrics(matrix, done.base)} if matrix else None
+        complete = len(matrix) == len(stream.tasks)
+        metrics = transfer_metrics(matrix, done.base) if complete else dict.fromkeys(METRICS)
+        document[mode] = {"matrix": matrix, "metrics": metrics} if matrix else None
     confusion = done.rows[-1]["confusion"] if done.rows else None
     if document["tail"] is not None and confusion is not None:
         asked = sum(map(sum, confusion))

@@ -47,7 +47,9 @@ class TaskRouter(nn.Module):
     projection: Tensor | None
     frozen: Tensor
 
-    def __init__(self, name: str, dim: int, num_experts: int, top_k: int, router_dim: int | None, seed: int, context: TaskContext) -> None:
+    def __init__(
+        self, name: str, dim: int, num_experts: int, top_k: int, router_dim: int | None, seed: int, context: TaskContext
+    ) -> None:
         super().__init__()
         self.name, self.top_k, self.context = name, top_k, context
         self.num_experts = num_experts

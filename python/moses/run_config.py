@@ -54,7 +54,9 @@ class RunConfig:
 
     def to_bytes(self) -> bytes:
         """JSON with a format version."""
-        return (json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n").encode()
+        return (
+            json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        ).encode()
 
     @staticmethod
     def from_bytes(data: bytes) -> RunConfig:
@@ -63,13 +65,18 @@ class RunConfig:
             fields = json.loads(data)
             version = fields.pop("format_version")
             if version != FORMAT_VERSION:
-                raise FormatError(f"{CONFIG}: format_version is {version!r}, this moses reads {FORMAT_VERSION}", code="unknown_version")
+                raise FormatError(
+                    f"{CONFIG}: format_version is {version!r}, this moses reads {FORMAT_VERSION}",
+                    code="unknown_version",
+                )
             stream = fields["stream"]
             if stream is not None:
                 stream = StreamSource(**{**stream, "tasks": tuple(stream["tasks"])})
             return RunConfig(**{**fields, "model": ModelSource(**fields["model"]), "stream": stream})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise FormatError(f"{CONFIG}: not a run's config: {error}; restore it from a backup", code="bad_config") from None
+            raise FormatError(
+                f"{CONFIG}: not a run's config: {error}; restore it from a backup", code="bad_config"
+            ) from None
 
     def require_same(self, other: RunConfig) -> None:
         """Check that a run may go on with `other`'s settings.
@@ -81,7 +88,9 @@ class RunConfig:
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 where = _first_difference(field, _plain(mine), _plain(theirs))
-                raise RunError(f"the run was started with another {where}; give the same, or another --out", code="run_differs")
+                raise RunError(
+                    f"the run was started with another {where}; give the same, or another --out", code="run_differs"
+                )
 
 
 def _plain(value: Any) -> Any:

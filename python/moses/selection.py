@@ -25,7 +25,11 @@ def top_units(scores: list[Tensor], unit_bytes: list[int], budget: int) -> list[
     """
     kept = [torch.zeros(len(part), dtype=torch.bool) for part in scores]
     flat = torch.cat([part.detach().float().cpu() for part in scores]) if scores else torch.zeros(0)
-    sizes = torch.cat([torch.full((len(part),), size) for part, size in zip(scores, unit_bytes, strict=True)]) if scores else flat
+    sizes = (
+        torch.cat([torch.full((len(part),), size) for part, size in zip(scores, unit_bytes, strict=True)])
+        if scores
+        else flat
+    )
     order = torch.sort(flat, descending=True, stable=True).indices
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     if len(set(unit_bytes)) == 1:
@@ -58,8 +62,18 @@ def select_elements(banks: list[ElementBank], new_budget: int, reused_budget: in
     reused = [bank.reuse_importance() for bank in banks]
     size = banks[0].spaces[0][2] if banks else 1
     sizes = [size] * len(names)
-    new = _select([part[space] for part, bank in zip(fresh, banks, strict=True) for space, _, _ in bank.spaces], sizes, new_budget, per_tensor)
-    old = _select([part[space] for part, bank in zip(reused, banks, strict=True) for space, _, _ in bank.spaces], sizes, reused_budget, per_tensor)
+    new = _select(
+        [part[space] for part, bank in zip(fresh, banks, strict=True) for space, _, _ in bank.spaces],
+        sizes,
+        new_budget,
+        per_tensor,
+    )
+    old = _select(
+        [part[space] for part, bank in zip(reused, banks, strict=True) for space, _, _ in bank.spaces],
+        sizes,
+        reused_budget,
+        per_tensor,
+    )
     masks: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
     for (bank, space), new_mask, old_mask in zip(names, new, old, strict=True):
         pair = masks.setdefault(id(bank), ({}, {}))

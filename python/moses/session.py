@@ -31,9 +31,17 @@ from .results import RunProgress, results_document, task_bytes
 from .run_config import RunConfig, StreamSource
 from .run_files import CONFIG, LOG, PROGRESS, REGISTRY, RESULTS
 from .stream import Stream, load_stream
-from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features
+from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features, prompt_views
 from .stream.prompt import Kind, label_names
 from .stream.task import Task
+
+
+@dataclass(frozen=True)
+class Views:
+    """Features (views, D) of a task's prompts, and which prompt each is a view of."""
+
+    features: Tensor
+    prompt_ids: list[int]
 
 
 @dataclass
@@ -94,7 +102,9 @@ class Session:
         if len(self.done.rows) >= number:
             return
         last = number == len(self.stream.tasks)
-        columns = range(len(self.stream.tasks)) if last or self.train_config.eval_rows == "all" else range(number - 1, number)
+        columns = (
+            range(len(self.stream.tasks)) if last or self.train_config.eval_rows == "all" else range(number - 1, number)
+        )
         row: dict[str, Any] = {"til": None, "tail": None, "confusion": None}
         evaluator = self._evaluator()
         modes = self.train_config.eval_modes
@@ -108,7 +118,13 @@ class Session:
         self._commit_progress()
         self.write_results()
         shown = row["til"] or row["tail"]
-        self.progress.say("  ".join(f"{task.name} {cell:.1f}" for task, cell in zip(self.stream.tasks, shown, strict=True) if cell is not None))
+        self.progress.say(
+            "  ".join(
+                f"{task.name} {cell:.1f}"
+                for task, cell in zip(self.stream.tasks, shown, strict=True)
+                if cell is not None
+            )
+        )
 
     def final_scores(self, modes: Sequence[str]) -> dict[str, Any]:
         """Evaluate the row of all ended tasks again, without writing anything."""
@@ -135,9 +151,10 @@ class Session:
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
-    def prompt_features_of(self, task: Task) -> Tensor:
-        """(examples, D) features of a task's training prompts, by the base model."""
-        return self.features(prompts(task.train))
+    def views_of(self, task: Task) -> Views:
+        """What the identifier learns a task from: features of its training prompts, whole and without their template."""
+        texts, prompt_ids = prompt_views(prompts(task.train))
+        return Views(self.features(texts), prompt_ids)
 
     def features(self, questions: Sequence[str]) -> Tensor:
         """(prompts, D) float32 features of the base model, which the task identifier reads."""
@@ -147,7 +164,12 @@ class Session:
         answerer = self._answerer()
         with torch.no_grad(), self.method.answer(None), autocast(device, self.train_config.precision):
             for indices, batch in answerer.batches(questions, 1):
-                found = prompt_features(model, batch["input_ids"].to(device), batch["attention_mask"].to(device), self.identifier.config.layer)
+                found = prompt_features(
+                    model,
+                    batch["input_ids"].to(device),
+                    batch["attention_mask"].to(device),
+                    self.identifier.config.layer,
+                )
                 for index, row in zip(indices, found.float().cpu(), strict=True):
                     parts[index] = row
         return torch.stack([part for part in parts if part is not None])
@@ -157,14 +179,13 @@ class Session:
         if not self.ended:
             return None
         found = self.identifier.predict(features)
-        mean = torch.as_tensor(found.probabilities).double().mean(0)
         names = {info.id: info.name for info in self.method.registry.tasks()}
-        return names[sorted(self.identifier.task_ids)[int(mean.argmax())]]
+        return names[found.tasks[int(found.probabilities.mean(0).argmax())]]
 
-    def commit_task(self, name: str, features: Tensor, similar: str | None) -> None:
+    def commit_task(self, name: str, views: Views, similar: str | None) -> None:
         """Write an ended task: its tensors, the registry and the identifier's state, in one commit."""
-        before = self.store.files()[REGISTRY].bytes
-        self.identifier.add_task(self.method.registry.task(name).id, features)
+        before = self.store.files()[REGISTRY].bytes if REGISTRY in self.store.files() else 0
+        self.identifier.add_task(self.method.registry.task(name).id, views.features, views.prompt_ids)
         put = {REGISTRY: self.method.registry.to_bytes()}
         for other in self.method.rewritten(name):
             put |= task_files(self.method, self.identifier, other)
@@ -173,7 +194,7 @@ class Session:
         self.done.capacity.append(
             {
                 "task": name,
-                "bytes": task_bytes(files, len(put[REGISTRY]) - (before if self.done.capacity else 0)),
+                "bytes": task_bytes(files, len(put[REGISTRY]) - before),
                 "bank_fraction": self.method.registry.bank_fraction() if self.method.registry.layers() else None,
             }
         )
@@ -200,7 +221,9 @@ class Session:
         path = self.path / LOG
 
         class LogCallback(TrainerCallback):
-            def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            def on_log(
+                self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+            ) -> None:
                 if state.is_world_process_zero and logs:
                     with path.open("a") as file:
                         file.write(json.dumps({"task": task, "step": state.global_step, **logs}) + "\n")
@@ -263,7 +286,9 @@ def start_session(
     folder = Path(path)
     exists = is_run(folder)
     if exists and not resume:
-        raise RunError(f"{folder}: holds a run already; go on with it by --resume, or give another --out", code="run_exists")
+        raise RunError(
+            f"{folder}: holds a run already; go on with it by --resume, or give another --out", code="run_exists"
+        )
     if not exists and folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise RunError(f"{folder}: is neither empty nor a run; give another --out", code="not_a_run")
     model_name = model if isinstance(model, str) else None
@@ -274,7 +299,9 @@ def start_session(
     else:
         kind = kind_of(model.config)
     if isinstance(model, MosesModel):
-        raise ModelError("the model has sub-experts already; give the base model, or moses.detach it", code="already_attached")
+        raise ModelError(
+            "the model has sub-experts already; give the base model, or moses.detach it", code="already_attached"
+        )
     formats = {task.name: _format(task, tokenizer, kind, train_config) for task in stream.tasks}
     config = RunConfig(
         method=method,
@@ -283,7 +310,9 @@ def start_session(
         identifier_config=to_json(identifier_config),
         model=model_source(model, model_name),
         stream=stream_source(stream, source),
-        formats={name: {"max_new_tokens": form.max_new_tokens, "labels": list(form.labels)} for name, form in formats.items()},
+        formats={
+            name: {"max_new_tokens": form.max_new_tokens, "labels": list(form.labels)} for name, form in formats.items()
+        },
     )
     with ExitStack() as stack:
         store = stack.enter_context(_core.Store.open(folder, write=True) if exists else _core.Store.create(folder))
@@ -292,13 +321,14 @@ def start_session(
         if CONFIG in store.files():
             read_config(store).require_same(config)
         else:
-            registry = _core.Registry()
-            store.commit({CONFIG: config.to_bytes(), REGISTRY: registry.to_bytes()})
+            store.commit({CONFIG: config.to_bytes()})
         yield _session(folder, store, config, model, tokenizer, stream, formats, progress)
 
 
 @contextmanager
-def open_session(path: str | PathLike[str], model: nn.Module | str | None = None, stream: Stream | str | None = None) -> Iterator[Session]:
+def open_session(
+    path: str | PathLike[str], model: nn.Module | str | None = None, stream: Stream | str | None = None
+) -> Iterator[Session]:
     """Open a run to evaluate it or to answer with it; nothing is written.
 
     Raises:
@@ -307,19 +337,26 @@ def open_session(path: str | PathLike[str], model: nn.Module | str | None = None
     with _core.Store.open(path) as store:
         config = read_config(store)
         if config.stream is None:
-            raise RunError(f"{path}: was saved without a stream; use moses.load and evaluate it by hand", code="no_stream")
+            raise RunError(
+                f"{path}: was saved without a stream; use moses.load and evaluate it by hand", code="no_stream"
+            )
         if not isinstance(stream, Stream):
             place = stream or config.stream.source
             if place is None:
                 raise RunError(f"{path}: its stream was given in memory; pass it again", code="no_stream")
             stream = load_stream(place, config.stream.tasks)
         if stream_source(stream, None).digest != config.stream.digest:
-            raise RunError(f"{path}: the stream {config.stream.source} is not the one of the run; its examples have changed", code="stream_differs")
+            raise RunError(
+                f"{path}: the stream {config.stream.source} is not the one of the run; its examples have changed",
+                code="stream_differs",
+            )
         source = model if isinstance(model, str) else config.model.source
         if source is None:
             raise ModelError(f"{path}: its base model was given in memory; name one", code="model_needed")
         base, tokenizer, _ = load_model(source, config.model.dtype)
-        formats = {name: TaskFormat(form["max_new_tokens"], tuple(form["labels"])) for name, form in config.formats.items()}
+        formats = {
+            name: TaskFormat(form["max_new_tokens"], tuple(form["labels"])) for name, form in config.formats.items()
+        }
         yield _session(Path(path), store, config, base, tokenizer, stream, formats, Progress())
 
 
@@ -331,11 +368,20 @@ def stream_source(stream: Stream, source: str | None) -> StreamSource:
         for split in ("train", "test")
     ]
     names = tuple(task.name for task in stream.tasks)
-    return StreamSource(source, stream.name, names, {task.name: task.metric for task in stream.tasks}, _core.hash_buffers(texts))
+    return StreamSource(
+        source, stream.name, names, {task.name: task.metric for task in stream.tasks}, _core.hash_buffers(texts)
+    )
 
 
 def _session(
-    folder: Path, store: _core.Store, config: RunConfig, model: nn.Module, tokenizer: Any, stream: Stream, formats: dict[str, TaskFormat], progress: Progress
+    folder: Path,
+    store: _core.Store,
+    config: RunConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    stream: Stream,
+    formats: dict[str, TaskFormat],
+    progress: Progress,
 ) -> Session:
     base = load_base(config, model)
     done = RunProgress.from_bytes(store.read(PROGRESS)) if PROGRESS in store.files() else RunProgress()

@@ -20,7 +20,21 @@ _BERT = ("query", "value", "intermediate.dense", "output.dense")
 _T5 = ("SelfAttention.q", "SelfAttention.v", "EncDecAttention.q", "EncDecAttention.v", "wi", "wi_0", "wi_1", "wo")
 TARGETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "olmo", "olmo2", "smollm3", "granite", "cohere"),
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3",
+            "gemma3_text",
+            "olmo",
+            "olmo2",
+            "smollm3",
+            "granite",
+            "cohere",
+        ),
         _LLAMA,
     ),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), _BERT),
@@ -39,7 +53,9 @@ _NOT_TARGETS = ("attention.output.dense",)
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a bank can stand beside this module: `nn.Linear`, or the transposed `Conv1D` of GPT-2."""
-    return type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.nn"))
+    return type(module) in (nn.Linear, Conv1D) or (
+        isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.nn")
+    )
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -62,7 +78,9 @@ def find_targets(model: nn.Module, names: tuple[str, ...] | str | None) -> list[
         try:
             pattern = re.compile(names)
         except re.error as error:
-            raise ConfigError(f"target_modules {names!r} is no regular expression: {error}", code="bad_setting") from None
+            raise ConfigError(
+                f"target_modules {names!r} is no regular expression: {error}", code="bad_setting"
+            ) from None
         found = [path for path in linears if pattern.fullmatch(path) or _ends_with(path, names)]
         unmatched = [] if found else [names]
     else:
@@ -88,7 +106,11 @@ def block_of(path: str, model: nn.Module) -> str | None:
 def _default_targets(model: nn.Module, linears: list[str]) -> list[str]:
     family = getattr(getattr(model, "config", None), "model_type", None)
     names = TARGETS.get(str(family))
-    found = [] if names is None else [path for path in _candidates(linears) if any(_ends_with(path, name) for name in names)]
+    found = (
+        []
+        if names is None
+        else [path for path in _candidates(linears) if any(_ends_with(path, name) for name in names)]
+    )
     if not found:
         raise ModelError(
             f"do not know where {type(model).__name__} (model type {family!r}) keeps its query, value and FFN projections; "
@@ -110,3 +132,13 @@ def _kinds(linears: list[str]) -> str:
     """The distinct names of linear maps with the block's number left out, for messages."""
     kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in linears))
     return ", ".join(kinds[:40]) + (", ..." if len(kinds) > 40 else "") if kinds else "none"
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the residual stream, from the model's config."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "hidden_size", None)
+    if not isinstance(size, int):
+        raise ModelError(f"the config of {type(model).__name__} has no hidden_size", code="unknown_architecture")
+    return size

@@ -53,11 +53,17 @@ def test_attached_model_answers_as_before_until_a_task_is_trained(family, tiny_m
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("granularity", ["rank", "element"])
 def test_a_task_learns_and_only_its_own_parameters_are_trainable(family, granularity, tiny_model, tiny_batch):
-    model, batch = moses.attach(tiny_model(family), moses.MosesConfig(rank=4, granularity=granularity, density=0.3, warmup=0.5)), tiny_batch(family)
+    model, batch = (
+        moses.attach(tiny_model(family), moses.MosesConfig(rank=4, granularity=granularity, density=0.3, warmup=0.5)),
+        tiny_batch(family),
+    )
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     begin(model)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert names and all("bank.free" in name or "bank.score" in name or name.endswith("router.weight") or "classifier" in name for name in names)
+    assert names and all(
+        "bank.free" in name or "bank.score" in name or name.endswith("router.weight") or "classifier" in name
+        for name in names
+    )
     with torch.no_grad():
         first = model(**batch).loss
     train_steps(model, batch, 8)
@@ -66,14 +72,20 @@ def test_a_task_learns_and_only_its_own_parameters_are_trainable(family, granula
         assert model(**batch).loss < first
     assert not any(parameter.requires_grad for parameter in model.parameters())
     after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items() if ".bank." not in name and ".frozen" not in name)
+    assert all(
+        torch.equal(after[name], tensor)
+        for name, tensor in frozen.items()
+        if ".bank." not in name and ".frozen" not in name
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("granularity", ["rank", "element"])
 @pytest.mark.parametrize("reuse", ["none", "similar", "all"])
 def test_old_tasks_keep_their_bits_under_adamw_with_decay(dtype, granularity, reuse, tiny_model, tiny_batch):
-    model = moses.attach(tiny_model("llama").to(dtype), moses.MosesConfig(rank=4, granularity=granularity, density=0.2, reuse=reuse))
+    model = moses.attach(
+        tiny_model("llama").to(dtype), moses.MosesConfig(rank=4, granularity=granularity, density=0.2, reuse=reuse)
+    )
     answers, batches = {}, {name: tiny_batch("llama", seed=index + 2) for index, name in enumerate("abc")}
     for name, batch in batches.items():
         begin(model, name, similar_to="a" if name != "a" else None)
@@ -85,7 +97,9 @@ def test_old_tasks_keep_their_bits_under_adamw_with_decay(dtype, granularity, re
             if other <= name:
                 with model.task(other):
                     found = logits(model, batches[other])
-                assert torch.equal(answers.setdefault(other, found), found), f"task {other} moved while {name} was learned"
+                assert torch.equal(answers.setdefault(other, found), found), (
+                    f"task {other} moved while {name} was learned"
+                )
     assert len({tensor.sum().item() for tensor in answers.values()}) == 3
     with model.base():
         base = logits(model, batches["a"])
@@ -225,7 +239,9 @@ def test_generate_and_gradient_checkpointing_work(tiny_model, tiny_batch):
     model.activation_checkpointing_disable()
     model.end_task("a")
     with model.task("a"):
-        tokens = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=5, do_sample=False)
+        tokens = model.generate(
+            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=5, do_sample=False
+        )
         again = model(tokens[:, :-1]).logits[:, -1].argmax(-1)
     assert tokens.shape[1] <= 12
     assert torch.equal(again, tokens[:, -1])

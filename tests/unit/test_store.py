@@ -125,7 +125,20 @@ def test_where_nothing_is(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "/etc/passwd", "../out", "a/../../out", "a//b", ".hidden", "a/.b", "a\0b", "a b", "ä", "manifest.json", "x" * 201],
+    [
+        "",
+        "/etc/passwd",
+        "../out",
+        "a/../../out",
+        "a//b",
+        ".hidden",
+        "a/.b",
+        "a\0b",
+        "a b",
+        "ä",
+        "manifest.json",
+        "x" * 201,
+    ],
 )
 def test_names_that_could_lead_anywhere_are_refused(run: Path, name: str) -> None:
     with Store.create(run) as store:

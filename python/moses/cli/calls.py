@@ -19,7 +19,7 @@ def train(
     settings: Mapping[str, Any],
 ) -> None:
     """Train a stream; results are in the run folder afterwards."""
-    from moses.train import train as run
+    from moses.training import train as run
 
     run(
         model,

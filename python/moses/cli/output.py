@@ -27,10 +27,10 @@ def print_json(document: Any) -> None:
 
 
 def console() -> Console:
-    """Where tables go: without markup, for names may hold anything; 100 wide in a pipe."""
+    """Where tables go: without markup, for names may hold anything; 120 wide in a pipe."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 100
+    width = None if sys.stdout.isatty() else 120
     return Console(markup=False, emoji=False, highlight=False, width=width, soft_wrap=False)
 
 
@@ -40,11 +40,13 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for at, name in enumerate(head):
         table.add_column(Text(name), justify="left" if at < num_text else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
+    if title:
+        print(title)
     console().print(table)
 
 

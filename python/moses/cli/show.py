@@ -85,6 +85,7 @@ def _show_run(document: Document) -> None:
             ("bank", f"{bank['layers']} layers, {bank['experts']} experts, {used} of {size} in use ({share})")
         )
     print_fields(fields)
+    print()
     tasks = document["tasks"]
     if tasks:
         kinds = list(tasks[0]["bytes"])
@@ -138,6 +139,7 @@ def _show_checkpoint(document: Document) -> None:
         ("bytes", f"{format_bytes(document['bytes'])} ({dtypes or NOTHING})"),
     ]
     print_fields(fields)
+    print()
     print_table(
         "files",
         ["name", "bytes", "tensors"],

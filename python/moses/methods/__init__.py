@@ -14,7 +14,9 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (MosesMeth
 def method_class(name: str) -> type[Method]:
     """The method of that name; `ConfigError` lists the known ones."""
     if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}; known methods are {', '.join(sorted(METHODS))}", code="unknown_method")
+        raise ConfigError(
+            f"unknown method {name!r}; known methods are {', '.join(sorted(METHODS))}", code="unknown_method"
+        )
     return METHODS[name]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..attach import attach
+from ..attachment import attach
 from ..attached import MosesModel
 from ..config import MosesConfig
 from .base import Method

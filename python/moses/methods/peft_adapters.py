@@ -70,7 +70,11 @@ class PeftAdapters:
 
     def add(self, adapter: str, seed_name: str) -> None:
         """Add an adapter and make it the active, trainable one."""
-        devices = [device.index for device in {parameter.device for parameter in self.base.parameters()} if device.type == "cuda"]
+        devices = [
+            device.index
+            for device in {parameter.device for parameter in self.base.parameters()}
+            if device.type == "cuda"
+        ]
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(stable_seed(self.config.seed, "adapter", seed_name))
             if isinstance(self.model, PeftModel):
@@ -114,7 +118,10 @@ class PeftAdapters:
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
         """An adapter under PEFT's own names."""
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(self.model, adapter_name=adapter).items()}
+        return {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in get_peft_model_state_dict(self.model, adapter_name=adapter).items()
+        }
 
     def head_tensors(self, task: int) -> dict[str, Tensor]:
         """A task's head as `head.weight` and `head.bias`."""
@@ -126,7 +133,11 @@ class PeftAdapters:
     def load_adapter(self, adapter: str, seed_name: str, tensors: dict[str, Tensor]) -> None:
         """Add an adapter from what `tensors` gave."""
         self.add(adapter, seed_name)
-        set_peft_model_state_dict(self.model, {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}, adapter_name=adapter)
+        set_peft_model_state_dict(
+            self.model,
+            {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)},
+            adapter_name=adapter,
+        )
         self.freeze()
 
     def load_head(self, task: int, tensors: dict[str, Tensor]) -> None:

@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ABOVE: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5}
-_LOOKS = ((SERIES[0], "-", "o"), (SERIES[1], "--", "s"))
+# the first is broad, so that it is still seen where the second lies on it
+_LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": SERIES[0], "linewidth": 3.4, "alpha": 0.55, "marker": "o", "markersize": 4.5},
+    {"color": SERIES[1], "linewidth": 1.3, "linestyle": (0, (3, 1.5)), "marker": "s", "markersize": 2.8},
+)
 
 
 def score_curves(results: Results) -> bytes:
     """A panel a task: its score after each training, from the base model on, in both modes; where it was trained."""
     tasks = results.tasks[:MAX_PANELS]
-    modes = [(name, mode, *look) for (name, mode), look in zip(_modes(results), _LOOKS, strict=False)]
+    modes = [(name, mode, look) for (name, mode), look in zip(_modes(results), _LOOKS, strict=False)]
     columns = min(4, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     with style():
-        figure = new_figure(2.5 * columns + 0.5, 1.75 * rows + 0.6)
+        figure = new_figure(max(5.2, 2.5 * columns + 0.5), 1.75 * rows + 0.6)
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         handles = {}
         for at, panel in enumerate(panels.flat):
@@ -38,11 +42,10 @@ def score_curves(results: Results) -> bytes:
             panel.grid(axis="y", color=GRID)
             panel.set_axisbelow(True)
             handles["trained here"] = panel.axvline(at + 1, color=MUTED, linewidth=0.8, linestyle=":")
-            for name, mode, colour, line, marker in modes:
+            for name, mode, look in modes:
                 points = _points(results.base, mode, at)
-                (handles[name],) = panel.plot(*points, line, color=colour, marker=marker, markersize=3.2)
-        low, high = panels.flat[0].get_ylim()
-        panels.flat[0].set_ylim(max(low, min(0.0, low + 5)), min(max(high, low + 1), 103))
+                (handles[name],) = panel.plot(*points, **look)
+        panels.flat[0].set_ylim(0, min(max(panels.flat[0].get_ylim()[1], 1.0), 103))
         panels.flat[0].set_xlim(-0.3, len(results.tasks) + 0.3)
         panels.flat[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         figure.supxlabel("tasks trained (0: the base model)", fontsize=9)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import colormaps
 from matplotlib.patches import Rectangle
 
 from moses.report.canvas import INK, MUTED, label, new_figure, plain_axes, png_bytes, style
 from moses.report.results import Mode, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_NUMBERED = 24
 """Cells of a larger map are too small for numbers; the page has them in its tables."""
@@ -94,53 +98,67 @@ def _heat_map(
     gap_after_first: bool = False,
 ) -> bytes:
     """`values` from 0 to 1 give the colour; a cell without a value is hatched; the cells of `framed` are framed."""
-    colours = colormaps[_COLOURS]
     num_rows, num_columns = len(row_names), len(column_names)
     numbered = max(num_rows, num_columns) <= MAX_NUMBERED
     cell_width, cell_height = (0.62, 0.4) if numbered else (min(0.3, 12 / num_columns), min(0.24, 12 / num_rows))
     gap = 0.25 if gap_after_first and num_rows > 1 else 0.0
+    tops = [at + (gap if at else 0.0) for at in range(num_rows)]
     with style():
-        figure = new_figure(cell_width * num_columns + 2.4, cell_height * num_rows + 1.5)
+        figure = new_figure(max(4.6, cell_width * num_columns + 2.4), cell_height * num_rows + 1.5)
         axes = figure.add_subplot()
-        centres = [at + 0.5 + (gap if at else 0.0) for at in range(num_rows)]
-        for at, centre in enumerate(centres):
-            for column, value in enumerate(values[at]):
-                corner = (float(column), centre - 0.5)
-                if value is None:
-                    axes.add_patch(
-                        Rectangle(corner, 1, 1, facecolor="white", edgecolor="#cbd2d9", hatch="////", linewidth=0.5)
-                    )
-                    continue
-                colour = colours(min(max(value, 0.0), 1.0))
-                axes.add_patch(
-                    Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white", linewidth=1.0 if numbered else 0.2)
-                )
-                text = texts[at][column]
-                if numbered and text is not None:
-                    red, green, blue = colour[:3]
-                    ink = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
-                    bold = "bold" if (at, column) in framed else "normal"
-                    axes.text(
-                        column + 0.5, centre, text, ha="center", va="center", color=ink, fontsize=8.5, fontweight=bold
-                    )
+        _paint(axes, values, tops, edge=1.0 if numbered else 0.2)
+        if numbered:
+            _number(axes, values, texts, tops, framed)
         for at, column in sorted(framed):
-            corner = (column + 0.03, centres[at] - 0.47)
+            corner = (column + 0.03, tops[at] + 0.03)
             axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1.1 if numbered else 0.5))
         axes.set_xlim(0, num_columns)
         axes.set_ylim(num_rows + gap, 0)
         plain_axes(axes)
-        step_x, step_y = (max(1, math.ceil(size / 60)) for size in (num_columns, num_rows))
-        axes.set_xticks(
-            [at + 0.5 for at in range(0, num_columns, step_x)],
-            column_names[::step_x],
-            rotation=35,
-            ha="right",
-            rotation_mode="anchor",
-        )
-        axes.set_yticks(centres[::step_y], row_names[::step_y])
+        step = max(1, math.ceil(max(num_columns, num_rows) / 60))
+        places = [at + 0.5 for at in range(0, num_columns, step)]
+        axes.set_xticks(places, column_names[::step], rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_yticks([top + 0.5 for top in tops[::step]], row_names[::step])
         if not numbered:
             axes.tick_params(labelsize=6)
         axes.set_title(title, color=INK, pad=10)
         if any(value is None for row in values for value in row):
             figure.supxlabel("hatched: no score", fontsize=7.5, color=MUTED, x=0.99, ha="right")
         return png_bytes(figure)
+
+
+def _paint(axes: Axes, values: Sequence[Sequence[float | None]], tops: Sequence[float], edge: float) -> None:
+    """Colour the cells; where a cell has no value the hatched ground is seen."""
+    look: dict[str, Any] = {
+        "facecolor": "white",
+        "edgecolor": "#cbd2d9",
+        "hatch": "////",
+        "linewidth": 0.5,
+        "zorder": 0,
+    }
+    for at, row in enumerate(values):
+        if None in row:
+            axes.add_patch(Rectangle((0, tops[at]), len(row), 1, **look))
+        cells = [[math.nan if value is None else value for value in row]]
+        edges = (list(range(len(row) + 1)), [tops[at], tops[at] + 1])
+        axes.pcolormesh(*edges, cells, cmap=_COLOURS, vmin=0, vmax=1, edgecolors="white", linewidth=edge, zorder=1)
+
+
+def _number(
+    axes: Axes,
+    values: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str | None]],
+    tops: Sequence[float],
+    framed: Set[tuple[int, int]],
+) -> None:
+    """Write the numbers into the cells, dark on light and light on dark."""
+    for at, row in enumerate(values):
+        for column, value in enumerate(row):
+            text = texts[at][column]
+            if value is None or text is None:
+                continue
+            red, green, blue, _ = colormaps[_COLOURS](min(max(value, 0.0), 1.0))
+            ink = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+            weight = "bold" if (at, column) in framed else "normal"
+            where = (column + 0.5, tops[at] + 0.5)
+            axes.text(*where, text, ha="center", va="center", color=ink, fontsize=8.5, fontweight=weight)

@@ -49,7 +49,9 @@ class ElementBank(nn.Module):
         size = self.frozen_A.element_size()
         return [("A", self.rank * self.d_in, size), ("B", self.rank * self.d_out, size)]
 
-    def open(self, task: int, fresh: dict[str, _core.Mask], reused: dict[str, _core.Mask], generator: torch.Generator) -> None:
+    def open(
+        self, task: int, fresh: dict[str, _core.Mask], reused: dict[str, _core.Mask], generator: torch.Generator
+    ) -> None:
         """Make the `fresh` (free) and the `reused` (frozen) weights candidates of `task`."""
         self.open_task, self.learning_masks = task, True
         for space in SPACES:
@@ -107,9 +109,10 @@ class ElementBank(nn.Module):
         self._used, self._reused, self._fresh, self._mask = {}, {}, {}, {}
         self.open_task, self.learning_masks = None, False
 
-    def read(self, task: int, masks: dict[str, _core.Mask]) -> None:
-        """Take `task`'s masks from the registry, for its forward."""
-        self._masks[task] = {space: mask_bits(masks[space], self._frozen(space)) for space in SPACES}
+    def read(self, task: int, masks: dict[str, _core.Mask], num_experts: int) -> None:
+        """Take `task`'s masks from the registry, for its forward; it was trained with `num_experts` experts."""
+        rows = num_experts * self.rank
+        self._masks[task] = {space: mask_bits(masks[space], self._frozen(space))[:rows] for space in SPACES}
 
     def forget(self, task: int) -> None:
         """Forget what `read` took for `task`."""

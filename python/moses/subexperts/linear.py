@@ -8,24 +8,24 @@ is cheaper than to sort the tokens. A task's products have the same shape whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import MosesConfig
 from ..context import TaskContext
 from ..router import TaskRouter
 from .element import ElementBank
 from .rank import RankBank
 
 Bank = RankBank | ElementBank
-_BANKS: dict[str, Callable[[int, int, int, int], Bank]] = {"rank": RankBank, "element": ElementBank}
 
 
-def make_bank(granularity: str, d_out: int, d_in: int, num_experts: int, rank: int) -> Bank:
-    """The bank of a granularity."""
-    return _BANKS[granularity](d_out, d_in, num_experts, rank)
+def make_bank(config: MosesConfig, d_out: int, d_in: int) -> Bank:
+    """An empty bank of the config's granularity."""
+    if config.granularity == "rank":
+        return RankBank(d_out, d_in, config.num_experts, config.rank, config.candidates)
+    return ElementBank(d_out, d_in, config.num_experts, config.rank)
 
 
 class Gates:
@@ -51,7 +51,13 @@ class SubExpertLinear(nn.Module):
     """
 
     def __init__(
-        self, base_layer: nn.Module, bank: Bank, scale: float, context: TaskContext, gates: Gates, router: TaskRouter | None
+        self,
+        base_layer: nn.Module,
+        bank: Bank,
+        scale: float,
+        context: TaskContext,
+        gates: Gates,
+        router: TaskRouter | None,
     ) -> None:
         super().__init__()
         self.base_layer, self.bank, self.scale = base_layer, bank, scale
@@ -90,5 +96,7 @@ class SubExpertLinear(nn.Module):
     def _update(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
         hidden = F.linear(x, A.to(x.dtype))
         hidden = hidden * gates.to(hidden.dtype)
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B.to(y.dtype), alpha=self.scale)
+        flat = torch.addmm(
+            y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B.to(y.dtype), alpha=self.scale
+        )
         return flat.reshape(y.shape)

@@ -34,9 +34,9 @@ class RankBank(nn.Module):
     frozen_A: Tensor
     frozen_B: Tensor
 
-    def __init__(self, d_out: int, d_in: int, num_experts: int, rank: int) -> None:
+    def __init__(self, d_out: int, d_in: int, num_experts: int, rank: int, candidates: int) -> None:
         super().__init__()
-        self.d_out, self.d_in, self.rank, self.num_experts = d_out, d_in, rank, num_experts
+        self.d_out, self.d_in, self.rank, self.num_experts, self.candidates = d_out, d_in, rank, num_experts, candidates
         self.register_buffer("frozen_A", torch.zeros(num_experts * rank, d_in))
         self.register_buffer("frozen_B", torch.zeros(num_experts * rank, d_out))
         self.register_parameter("free_A", None)
@@ -52,18 +52,26 @@ class RankBank(nn.Module):
         """(name, units an expert, bytes a unit) of each mask space, for the registry."""
         return [(SPACE, self.rank, (self.d_in + self.d_out) * self.frozen_A.element_size())]
 
-    def open(self, task: int, fresh: dict[str, _core.Mask], reused: dict[str, _core.Mask], generator: torch.Generator) -> None:
-        """Make every `fresh` (free) component a candidate of `task`, on top of the frozen `reused` ones.
+    def open(
+        self, task: int, fresh: dict[str, _core.Mask], reused: dict[str, _core.Mask], generator: torch.Generator
+    ) -> None:
+        """Make `candidates` of the `fresh` (free) components candidates of `task`, on top of the frozen `reused` ones.
 
         A starts as in PEFT's LoRA, uniform within 1/sqrt(D_in); B starts at zero, so the update starts at the reused part.
         """
         device = self.frozen_A.device
         self.open_task = task
-        self._fresh, self._reused = mask_units(fresh[SPACE], device), mask_units(reused[SPACE], device)
+        self._fresh, self._reused = self._spread(mask_units(fresh[SPACE], device)), mask_units(reused[SPACE], device)
         self._kept = torch.arange(len(self._fresh), device=device)
         start = (torch.rand(len(self._fresh), self.d_in, generator=generator) * 2 - 1) * self.d_in**-0.5
         self.free_A = nn.Parameter(start.to(self.frozen_A))
         self.free_B = nn.Parameter(torch.zeros(len(self._fresh), self.d_out, dtype=self.frozen_B.dtype, device=device))
+
+    def _spread(self, free: Tensor) -> Tensor:
+        """The candidates among the free units, ascending: every expert's first, then every expert's second, and so on."""
+        experts = free // self.rank
+        turn = torch.arange(len(free), device=free.device) - torch.searchsorted(experts, experts)
+        return free[torch.sort(turn, stable=True).indices[: self.candidates]].sort().values
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
@@ -90,8 +98,8 @@ class RankBank(nn.Module):
         self.free_A = self.free_B = None
         self._fresh = self._kept = self._reused = self.open_task = None
 
-    def read(self, task: int, masks: dict[str, _core.Mask]) -> None:
-        """Take `task`'s masks from the registry, for its forward."""
+    def read(self, task: int, masks: dict[str, _core.Mask], num_experts: int) -> None:
+        """Take `task`'s masks from the registry, for its forward; it was trained with `num_experts` experts."""
         units = mask_units(masks[SPACE], self.frozen_A.device)
         self._views[task] = _View(units, units // self.rank)
 
@@ -133,4 +141,8 @@ class RankBank(nn.Module):
 
 def mask_units(mask: _core.Mask, device: torch.device) -> Tensor:
     """Ascending unit numbers of a mask, (units,) int64."""
-    return torch.frombuffer(bytearray(mask.to_indices()), dtype=torch.int64).to(device) if mask.count else torch.zeros(0, dtype=torch.int64, device=device)
+    return (
+        torch.frombuffer(bytearray(mask.to_indices()), dtype=torch.int64).to(device)
+        if mask.count
+        else torch.zeros(0, dtype=torch.int64, device=device)
+    )

@@ -25,7 +25,7 @@ pub const MAX_REGISTRY_BYTES: u64 = 1 << 31;
 /// What short encodings (full, runs) may unfold to in memory, on top of `MASK_GROWTH` times the file.
 pub const MASK_BUDGET_BYTES: u64 = 32 << 20;
 /// See [`MASK_BUDGET_BYTES`].
-pub const MASK_GROWTH: u64 = 8;
+pub const MASK_GROWTH: u64 = 16;
 
 /// Bytes of a manifest: some 50,000 files.
 pub const MAX_MANIFEST_BYTES: u64 = 16 << 20;

@@ -6,6 +6,7 @@
 pub mod encoding;
 
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
 use roaring::{MultiOps, RoaringBitmap};
 
@@ -16,7 +17,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mask {
     length: u64,
-    units: RoaringBitmap,
+    /// Shared between clones, so that these cost nothing.
+    units: Arc<RoaringBitmap>,
 }
 
 impl Hash for Mask {
@@ -39,7 +41,7 @@ impl Mask {
     /// `units` must be below `length`, which must be within the limit: the callers of this module hold that.
     fn new(length: u64, mut units: RoaringBitmap) -> Self {
         units.optimize();
-        Self { length, units }
+        Self { length, units: Arc::new(units) }
     }
 
     /// The mask that selects nothing.
@@ -127,6 +129,10 @@ impl Mask {
 
     /// Calls `each` with every selected unit, ascending: in bulk, several times as fast as [`Mask::iter`].
     pub(crate) fn for_each(&self, mut each: impl FnMut(u32)) {
+        // roaring 0.12's `next_many` overflows on a run of a whole container.
+        if self.units.statistics().n_run_containers > 0 {
+            return self.runs().for_each(|run| (run.start as u32..run.end as u32).for_each(&mut each));
+        }
         let mut units = self.units.iter();
         let mut many = [0; 1024];
         loop {
@@ -189,7 +195,7 @@ impl Mask {
     /// `mask_lengths_differ`.
     pub fn union(&self, other: &Self) -> Result<Self> {
         self.same_length(other)?;
-        Ok(Self::new(self.length, &self.units | &other.units))
+        Ok(Self::new(self.length, &*self.units | &*other.units))
     }
 
     /// Units of both.
@@ -198,7 +204,7 @@ impl Mask {
     /// `mask_lengths_differ`.
     pub fn intersection(&self, other: &Self) -> Result<Self> {
         self.same_length(other)?;
-        Ok(Self::new(self.length, &self.units & &other.units))
+        Ok(Self::new(self.length, &*self.units & &*other.units))
     }
 
     /// Units of this one that are not in the other.
@@ -207,7 +213,7 @@ impl Mask {
     /// `mask_lengths_differ`.
     pub fn difference(&self, other: &Self) -> Result<Self> {
         self.same_length(other)?;
-        let units = std::ops::Sub::sub(&self.units, &other.units);
+        let units = std::ops::Sub::sub(&*self.units, &*other.units);
         Ok(Self::new(self.length, units))
     }
 
@@ -229,7 +235,7 @@ impl Mask {
         let units = masks
             .into_iter()
             .map(|mask| match mask.length == length {
-                true => Ok(&mask.units),
+                true => Ok(&*mask.units),
                 false => Err(Error::MaskLengths { left: length, right: mask.length }),
             })
             .union()?;
@@ -244,7 +250,7 @@ impl Mask {
         if length < self.length {
             return Err(Error::MaskShrinks { length: self.length, wanted: length });
         }
-        Ok(Self { length: checked_length(length)?, units: self.units.clone() })
+        Ok(Self { length: checked_length(length)?, units: Arc::clone(&self.units) })
     }
 }
 
@@ -252,6 +258,7 @@ impl Mask {
 #[allow(clippy::arithmetic_side_effects)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn mask(length: u64, indices: &[u64]) -> Mask {
         Mask::from_indices(length, indices).unwrap()
@@ -279,6 +286,60 @@ mod tests {
     fn runs_are_joined_over_containers() {
         let runs: Vec<_> = Mask::full(200_000).unwrap().runs().collect();
         assert!(matches!(&runs[..], [run] if *run == (0..200_000)));
+    }
+
+    /// Runs over whole containers and their borders, and noise: all kinds of containers.
+    fn any_bools() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
+        let runs = || {
+            let border = prop_oneof![0_usize..262_200, (0_usize..4, 0_usize..3).prop_map(|(at, by)| at * 65_536 + by)];
+            let noise = (border.clone(), border, 1_usize..12);
+            prop::collection::vec(noise, 0..5)
+        };
+        (1_usize..262_200, runs(), runs()).prop_map(|(length, left, right)| {
+            let bools = |runs: Vec<(usize, usize, usize)>| {
+                let mut bools = vec![0; length];
+                for (start, end, step) in runs {
+                    for at in (start.min(end)..start.max(end).min(length)).step_by(step) {
+                        bools[at] ^= 1;
+                    }
+                }
+                bools
+            };
+            (bools(left), bools(right))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+        #[test]
+        fn masks_do_what_bools_do((left, right) in any_bools()) {
+            let (one, two) = (Mask::from_bool(&left).unwrap(), Mask::from_bool(&right).unwrap());
+            let zip = |combine: fn(u8, u8) -> u8| -> Vec<u8> {
+                left.iter().zip(&right).map(|(&left, &right)| combine(left, right)).collect()
+            };
+            let units: Vec<u64> = (0..left.len() as u64).filter(|&unit| left[unit as usize] == 1).collect();
+            prop_assert_eq!(one.to_bool(), &left[..]);
+            prop_assert_eq!(one.iter().collect::<Vec<_>>(), &units[..]);
+            prop_assert_eq!(one.runs().flatten().collect::<Vec<_>>(), &units[..]);
+            prop_assert_eq!(one.to_indices(), units.iter().flat_map(|unit| unit.to_le_bytes()).collect::<Vec<_>>());
+            prop_assert_eq!(&Mask::from_indices(left.len() as u64, &units).unwrap(), &one);
+            prop_assert_eq!(one.count(), units.len() as u64);
+            for (mask, wanted) in [
+                (one.union(&two).unwrap(), zip(|left, right| left | right)),
+                (one.intersection(&two).unwrap(), zip(|left, right| left & right)),
+                (one.difference(&two).unwrap(), zip(|left, right| left & !right)),
+                (Mask::union_all(one.length(), [&one, &two, &one]).unwrap(), zip(|left, right| left | right)),
+            ] {
+                prop_assert_eq!(mask.to_bool(), &wanted[..]);
+                let expected = Mask::from_bool(&wanted).unwrap();
+                prop_assert_eq!(&mask, &expected);
+                prop_assert_eq!(mask.to_bytes(), expected.to_bytes());
+                prop_assert_eq!(&Mask::from_bytes(&mask.to_bytes()).unwrap(), &mask);
+            }
+            let both = one.intersection(&two).unwrap();
+            prop_assert_eq!(one.intersection_count(&two).unwrap(), both.count());
+        }
     }
 
     #[test]

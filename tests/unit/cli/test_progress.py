@@ -122,9 +122,16 @@ def test_a_trainer_reports_to_the_phase_and_to_nothing_else(tmp_path, capsys):
 
     rows = [{"x": torch.ones(1), "labels": torch.zeros(1)} for _ in range(8)]
     arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=2, per_device_train_batch_size=2, logging_steps=2, disable_tqdm=True, report_to="none",
-        save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        str(tmp_path),
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        logging_steps=2,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
     trainer = Trainer(Model(), arguments, train_dataset=rows)
     out, clock = io.StringIO(), Clock()
     with Progress(out, clock=clock) as progress, progress.phase("train", 0) as phase:

@@ -152,7 +152,7 @@ def test_a_run_that_goes_on_can_be_reported(tmp_path, runs):
 
 
 def test_many_tasks_are_drawn_without_numbers(tmp_path, runs):
-    results = read_results(write(tmp_path / "run", runs.results(tuple(f"task-{n}" for n in range(60)))))
+    results = read_results(write(tmp_path / "run", runs.results(tuple(f"task-{n}" for n in range(30)))))
     pictures = draw_pictures(results)
     assert set(pictures) == set(PICTURES)
     for name, data in pictures.items():

@@ -16,7 +16,8 @@ Kind = Literal["ridge", "cosine", "prompt_loss"]
 MAX_TASK_BYTES = 500_000
 """The most that one task may keep on disk, everything that its removal needs included."""
 
-MAX_FEATURES = 496  # 4 bytes for each of 496·497/2 entries of a Gram triangle and 8 for each sum are 496,992; the rest is for headers
+# a Gram triangle of 4 bytes an entry and a sum of 8 bytes a feature are 496,992 bytes; the rest is for headers
+MAX_FEATURES = 496
 MIN_RIDGE = 1e-6  # Gram triangles are kept in float32: below this their rounding could make the sum indefinite
 
 
@@ -24,11 +25,12 @@ MIN_RIDGE = 1e-6  # Gram triangles are kept in float32: below this their roundin
 class IdentifierConfig:
     """How tasks are told apart.
 
-    `kind`: "ridge" (analytic ridge regression, the default), "cosine" (mean key of a task) or "prompt_loss" (the caller gives losses).
-    `num_features`: random features of the ridge, the constant one included. `layer`: how many blocks of the trunk are run for the
-    features, None for half of them. `ridge`: strength of the ridge beside features of about unit size. `threshold`: a prompt is unknown
-    when it lies more than `threshold` · certainty standard deviations outside what the task's own prompts showed; `inf` never says unknown.
-    `seed`: draws the random features, 0 to 2**32 - 1. Raises ConfigError for a value out of its range.
+    `kind`: "ridge" (analytic ridge regression, the default), "cosine" (mean key of a task) or "prompt_loss" (the caller
+    gives losses). `num_features`: random features of the ridge, the constant one included. `layer`: how many blocks of
+    the trunk are run for the features, None for half of them. `ridge`: strength of the ridge beside features of about
+    unit size. `threshold`: a prompt is unknown when it lies more than `threshold` · certainty standard deviations
+    outside what the task's own prompts showed; `inf` never says unknown. `seed`: draws the random features, 0 to 2**32
+    - 1. Raises ConfigError for a value out of its range.
 
     The defaults were chosen on stream8's eval parts (8 tasks, MiniLM, 100 prompts each; fitted on 500 a task, whole prompts and prompts
     without their template; % right on whole prompts / on what is left without the template):
@@ -44,12 +46,14 @@ class IdentifierConfig:
     num_features: int = 480
     layer: int | None = None
     ridge: float = 0.03
-    threshold: float = 5.0
+    threshold: float = 4.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ConfigError(f"identifier.kind is {self.kind!r}: use one of {', '.join(get_args(Kind))}", code="bad_identifier")
+            raise ConfigError(
+                f"identifier.kind is {self.kind!r}: use one of {', '.join(get_args(Kind))}", code="bad_identifier"
+            )
         self._check_integer("num_features", self.num_features, 2, MAX_FEATURES)
         self._check_integer("seed", self.seed, 0, 2**32 - 1)
         if self.layer is not None:
@@ -60,22 +64,26 @@ class IdentifierConfig:
     @staticmethod
     def _check_integer(name: str, value: int, low: int, high: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"identifier.{name} is {value!r}: give an integer from {low} to {high}", code="bad_identifier")
+            raise ConfigError(
+                f"identifier.{name} is {value!r}: give an integer from {low} to {high}", code="bad_identifier"
+            )
 
     @staticmethod
     def _check_number(name: str, value: float, low: float, high: float) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ConfigError(f"identifier.{name} is {value!r}: give a number from {low} to {high}", code="bad_identifier")
+            raise ConfigError(
+                f"identifier.{name} is {value!r}: give a number from {low} to {high}", code="bad_identifier"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class Identification:
     """What each of B prompts was taken for, among T tasks.
 
-    `tasks`: the T ids, ascending: the columns of `probabilities`. `task_ids` (B,) int64: the most likely task, the lower id at a tie; also
-    given for a prompt that is unknown. `probabilities` (B, T) float64, rows sum to 1. `novelty` (B,) float64: how many standard
-    deviations the prompt lies outside its task's own prompts, divided by the certainty of the choice. `unknown` (B,) bool:
-    novelty > threshold; such a prompt is answered by the base model.
+    `tasks`: the T ids, ascending: the columns of `probabilities`. `task_ids` (B,) int64: the most likely task, the
+    lower id at a tie; also given for a prompt that is unknown. `probabilities` (B, T) float64, rows sum to 1. `novelty`
+    (B,) float64: how many standard deviations the prompt lies outside its task's own prompts, divided by the certainty
+    of the choice. `unknown` (B,) bool: novelty > threshold; such a prompt is answered by the base model.
     """
 
     tasks: tuple[int, ...]

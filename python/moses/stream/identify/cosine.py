@@ -1,4 +1,5 @@
-"""Mean keys by cosine: a task's key is the mean direction of its prompts' features (the keys of L2P, Wang et al. 2022, set and not learned).
+"""Mean keys by cosine: a task's key is the mean direction of its prompts' features (the keys of L2P, Wang et al. 2022,
+set and not learned).
 
 Cheaper than the ridge (a key a task) and weaker: 89% against 94% of stream8's eval prompts without their template.
 """
@@ -6,6 +7,7 @@ Cheaper than the ridge (a key a task) and weaker: 89% against 94% of stream8's e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from moses.stream.identify.config import IdentifierConfig
 
 Matrix = NDArray[np.float64]
-State = Mapping[str, NDArray[np.generic]]
+State = Mapping[str, NDArray[Any]]
 _TINY = 1e-12
 
 
@@ -29,8 +31,9 @@ class Cosine:
         """What is kept of a task: name -> (dtype, length)."""
         return {"sum": ("float64", self.feature_dim)}
 
-    def summarise(self, x: Matrix, groups: Sequence[NDArray[np.intp]]) -> tuple[dict[str, NDArray[np.generic]], Matrix]:
-        """What is kept of a task with features x (n, D), and the logarithm of each row's distance to the key without its group (n,)."""
+    def summarise(self, x: Matrix, groups: Sequence[NDArray[np.intp]]) -> tuple[dict[str, NDArray[Any]], Matrix]:
+        """What is kept of a task with features x (n, D), and the logarithm of each row's distance to the key without
+        its group (n,)."""
         unit = _unit(x)
         total = unit.sum(axis=0)
         distance = np.empty(len(unit))
@@ -49,7 +52,8 @@ class Cosine:
 
     def certainty(self, scores: Matrix, probabilities: Matrix) -> Matrix:
         """(B,) the winner's probability."""
-        return probabilities.max(axis=1)
+        certainty: Matrix = probabilities.max(axis=1)
+        return certainty
 
     def deviation(self, state: State, count: int, x: Matrix, column: int) -> Matrix:
         """Logarithm of 1 - cosine (B,)."""
@@ -57,7 +61,8 @@ class Cosine:
 
 
 def _unit(x: Matrix) -> Matrix:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), _TINY)
+    length: Matrix = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.maximum(length, _TINY)
 
 
 def _log(distance: Matrix) -> Matrix:

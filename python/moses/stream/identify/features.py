@@ -1,8 +1,9 @@
 """A prompt's features: the frozen activations of one layer, averaged over the prompt's tokens.
 
-Guarantees: only the blocks up to that layer are run; a row's features depend neither on padding (its side or amount) nor on the other rows of
-the batch, beyond rounding. Every token's activation is brought to unit size before the mean: in most language models the first token's is
-hundreds of times larger than the rest (massive activations, Sun et al. 2024), and would drown the prompt. The caller switches adapters off.
+Guarantees: only the blocks up to that layer are run; a row's features depend neither on padding (its side or amount)
+nor on the other rows of the batch, beyond rounding. Every token's activation is brought to unit size before the mean:
+in most language models the first token's is hundreds of times larger than the rest (massive activations, Sun et al.
+2024), and would drown the prompt. The caller switches adapters off.
 """
 
 from __future__ import annotations
@@ -19,23 +20,29 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class _StopForward(Exception):
+class _StopForward(Exception):  # noqa: N818
     """Ends a forward pass once the last wanted activation is there."""
 
 
-def prompt_features(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-    """(batch, D) float32 on the model's device: the mean activation of each prompt after `layer` blocks of the model's trunk.
+def prompt_features(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layer: int | None = None
+) -> torch.Tensor:
+    """(batch, D) float32 on the model's device: the mean activation of each prompt after `layer` blocks of the model's
+    trunk.
 
     `layer`: 0 (the embeddings) to the number of blocks; None: half of them. An encoder-decoder is read at its encoder.
-    `input_ids`, `attention_mask`: (batch, tokens) integers, padded on either side. No gradient; the model's mode is left as it is.
-    Raises ModelError where the blocks cannot be found, ConfigError for a layer or shape that does not fit or a prompt without tokens.
+    `input_ids`, `attention_mask`: (batch, tokens) integers, padded on either side. No gradient; the model's mode is
+    left as it is. Raises ModelError where the blocks cannot be found, ConfigError for a layer or shape that does not
+    fit or a prompt without tokens.
     """
     blocks = _blocks(_trunk(model))
     layer = len(blocks) // 2 if layer is None else layer
     return layer_features(model, input_ids, attention_mask, [layer])[:, 0]
 
 
-def layer_features(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+def layer_features(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers: Sequence[int]
+) -> torch.Tensor:
     """(batch, len(layers), D) float32: as `prompt_features`, for several layers in one pass."""
     import torch
 
@@ -43,41 +50,47 @@ def layer_features(model: nn.Module, input_ids: torch.Tensor, attention_mask: to
     blocks = _blocks(trunk)
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= len(blocks):
-            raise ConfigError(f"identifier.layer is {layer!r}: give 0 to {len(blocks)}, or None for the middle", code="bad_identifier")
+            raise ConfigError(
+                f"identifier.layer is {layer!r}: give 0 to {len(blocks)}, or None for the middle", code="bad_identifier"
+            )
     device = next(trunk.parameters()).device
     ids, mask = _left_aligned(input_ids.to(device), attention_mask.to(device))
-    was_training = trunk.training
-    trunk.eval()  # without dropout
+    training = [module for module in trunk.modules() if module.training]
+    for module in training:
+        module.training = False  # without dropout
     try:
         with torch.no_grad():
             activations = _activations(trunk, blocks, sorted(set(layers)), ids, mask)
     finally:
-        if was_training:
-            trunk.train()
+        for module in training:
+            module.training = True
     return torch.stack([_mean(activations[layer], mask) for layer in layers], dim=1)
 
 
-def features_of_prompts(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], layer: int | None = None, batch_size: int = 16, max_length: int = 256
+def features_of_encoded(
+    model: nn.Module, encoded: Sequence[Sequence[int]], layer: int | None = None, batch_size: int = 16
 ) -> torch.Tensor:
-    """(prompts, D) float32 on the CPU, in the order of `prompts`: tokenised, cut to `max_length` tokens, batched by length."""
+    """(prompts, D) float32 on the CPU, in the order of `encoded`, the token ids of each prompt; batched by length.
+
+    Encode prompts here as they are encoded for answering: a chat template that only one side has is another prompt.
+    """
     import torch
 
-    if not prompts:
-        raise ConfigError("no prompts: give at least one", code="bad_features")
-    encoded = tokenizer(list(prompts), truncation=True, max_length=max_length)["input_ids"]
+    if not encoded or not all(len(row) for row in encoded):
+        raise ConfigError("no prompts, or one without tokens: give at least one of each", code="bad_features")
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    parts = []
+    features: list[torch.Tensor] = [torch.empty(0)] * len(encoded)
     for start in range(0, len(order), batch_size):
-        rows = [encoded[index] for index in order[start : start + batch_size]]
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        parts.append(prompt_features(model, ids, mask, layer).cpu())
-    by_length = torch.cat(parts)
-    features = torch.empty_like(by_length)
-    features[order] = by_length
-    return features
+        chosen = order[start : start + batch_size]
+        longest = max(len(encoded[index]) for index in chosen)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(chosen):
+            ids[row, : len(encoded[index])] = torch.tensor(list(encoded[index]))
+            mask[row, : len(encoded[index])] = 1
+        for index, feature in zip(chosen, prompt_features(model, ids, mask, layer).cpu(), strict=True):
+            features[index] = feature
+    return torch.stack(features)
 
 
 def _trunk(model: Any) -> Any:
@@ -97,10 +110,17 @@ def _blocks(trunk: Any) -> Any:
     config = getattr(trunk, "config", None)
     if config is not None:
         wanted = getattr(config.get_text_config(), "num_hidden_layers", None)
-        lists = [(name, module) for name, module in trunk.named_modules() if isinstance(module, nn.ModuleList) and len(module) == wanted]
+        lists = [
+            (name, module)
+            for name, module in trunk.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == wanted
+        ]
         if lists:
             return min(lists, key=lambda item: item[0].count("."))[1]
-    raise ModelError(f"{type(trunk).__name__}: found no list of blocks to read features from: use identifier kind 'prompt_loss'", code="no_blocks")
+    raise ModelError(
+        f"{type(trunk).__name__}: found no list of blocks to read features from: use identifier kind 'prompt_loss'",
+        code="no_blocks",
+    )
 
 
 def _left_aligned(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +131,10 @@ def _left_aligned(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
     import torch
 
     if ids.ndim != 2 or ids.shape != mask.shape:
-        raise ConfigError(f"input_ids {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}: give both as (batch, tokens)", code="bad_features")
+        raise ConfigError(
+            f"input_ids {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}: give both as (batch, tokens)",
+            code="bad_features",
+        )
     real = mask != 0
     lengths = real.sum(dim=1)
     if not ids.numel() or int(lengths.min()) == 0:
@@ -120,7 +143,9 @@ def _left_aligned(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
     return ids.gather(1, order), real.gather(1, order).to(mask.dtype)
 
 
-def _activations(trunk: Any, blocks: Any, layers: list[int], ids: torch.Tensor, mask: torch.Tensor) -> dict[int, torch.Tensor]:
+def _activations(
+    trunk: Any, blocks: Any, layers: list[int], ids: torch.Tensor, mask: torch.Tensor
+) -> dict[int, torch.Tensor]:
     """(batch, tokens, D) after each number of blocks in `layers`, ascending; the pass ends at the last of them."""
     found: dict[int, torch.Tensor] = {}
 
@@ -146,7 +171,10 @@ def _activations(trunk: Any, blocks: Any, layers: list[int], ids: torch.Tensor, 
             trunk(input_ids=ids, attention_mask=mask)
         except _StopForward:
             return found
-    raise ModelError(f"{type(trunk).__name__}: its forward pass does not reach block {layers[-1]}: use identifier kind 'prompt_loss'", code="no_blocks")
+    raise ModelError(
+        f"{type(trunk).__name__}: its forward pass does not reach block {layers[-1]}: use kind 'prompt_loss'",
+        code="no_blocks",
+    )
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """The task identifier: what is known of each task, the joint solution, and the answer for a batch of prompts.
 
-Guarantees: a task is added from its own features alone and leaves every other task's state untouched; the answer is a function of the set of
-tasks and not of their order or history, bit for bit on one machine; removing a task is exact; a task's state is the same in memory as on disk.
+Guarantees: a task is added from its own features alone and leaves every other task's state untouched; the answer is a
+function of the set of tasks and not of their order or history, bit for bit on one machine; removing a task is exact; a
+task's state is the same in memory as on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,12 +20,13 @@ from moses.stream.identify.prompt_loss import PromptLoss
 from moses.stream.identify.ridge import Ridge
 
 Matrix = NDArray[np.float64]
-State = Mapping[str, NDArray[np.generic]]
+State = Mapping[str, NDArray[Any]]
 
 FORMAT_VERSION = 1
 MIN_SPREAD = 0.05  # of log novelty: a task of identical prompts has none, and would take any other prompt for unknown
 MIN_CERTAINTY = 0.05  # scores of a regression can be negative
 MAX_COUNT = 2**53  # float64 counts exactly up to here
+MAX_USUAL = 1e3  # of log novelty: e**1000 is no float64
 
 
 class _Kind(Protocol):
@@ -33,32 +35,42 @@ class _Kind(Protocol):
     sharpness: float
 
     def layout(self) -> dict[str, tuple[str, int]]: ...
-    def summarise(self, x: Matrix, groups: Sequence[NDArray[np.intp]]) -> tuple[dict[str, NDArray[np.generic]], Matrix]: ...
+    def summarise(self, x: Matrix, groups: Sequence[NDArray[np.intp]]) -> tuple[dict[str, NDArray[Any]], Matrix]: ...
     def join(self, states: Sequence[State], counts: Sequence[int]) -> Matrix: ...
     def scores(self, joint: Matrix, x: Matrix) -> Matrix: ...
     def certainty(self, scores: Matrix, probabilities: Matrix) -> Matrix: ...
     def deviation(self, state: State, count: int, x: Matrix, column: int) -> Matrix: ...
 
 
-_KINDS = {"ridge": Ridge, "cosine": Cosine, "prompt_loss": PromptLoss}
+_KINDS: dict[str, Callable[[IdentifierConfig, int], _Kind]] = {
+    "ridge": Ridge,
+    "cosine": Cosine,
+    "prompt_loss": PromptLoss,
+}
 
 
 class TaskIdentifier:
     """Infers the task of a prompt from features of the frozen base model.
 
-    `feature_dim`: D, the width of what `prompt_features` gives. Raises ConfigError where a task's state would not fit its half megabyte.
+    `feature_dim`: D, the width of what `prompt_features` gives. Raises ConfigError where a task's state would not fit
+    its half megabyte.
     """
 
     def __init__(self, config: IdentifierConfig, feature_dim: int) -> None:
         if isinstance(feature_dim, bool) or not isinstance(feature_dim, int) or feature_dim < 1:
-            raise ConfigError(f"feature_dim is {feature_dim!r}: give the width of the features, 1 or more", code="bad_identifier")
+            raise ConfigError(
+                f"feature_dim is {feature_dim!r}: give the width of the features, 1 or more", code="bad_identifier"
+            )
         self.config = config
         self.feature_dim = feature_dim
         self._kind: _Kind = _KINDS[config.kind](config, feature_dim)
         size = sum(np.dtype(dtype).itemsize * length for dtype, length in self._kind.layout().values())
         if size > MAX_TASK_BYTES - 2048:  # the rest of the file: header, count, settings
-            raise ConfigError(f"identifier.kind {config.kind!r} would keep {size} bytes a task of features {feature_dim} wide: use 'ridge'")
-        self._states: dict[int, dict[str, NDArray[np.generic]]] = {}
+            raise ConfigError(
+                f"identifier.kind {config.kind!r} would keep {size} bytes a task of {feature_dim} features: use 'ridge'",
+                code="bad_identifier",
+            )
+        self._states: dict[int, dict[str, NDArray[Any]]] = {}
         self._joint: Matrix | None = None
 
     @property
@@ -67,14 +79,18 @@ class TaskIdentifier:
         return tuple(sorted(self._states))
 
     def add_task(self, task_id: int, features: Any, prompt_ids: Sequence[int] | None = None) -> None:
-        """Learn a task from the features of its prompts, (n, D), any float dtype, NumPy or torch; kind "prompt_loss": losses, (n, 1).
+        """Learn a task from the features of its prompts, (n, D), any float dtype, NumPy or torch; kind "prompt_loss":
+        losses, (n, 1).
 
-        `prompt_ids` (n,) names the prompt of each row, where prompts have several views (see `prompt_views`); None: each row its own.
-        Raises RegistryError for a task that is known already, ConfigError for a wrong shape, ModelError for NaN or infinity.
+        `prompt_ids` (n,) names the prompt of each row, where prompts have several views (see `prompt_views`); None:
+        each row its own. Raises RegistryError for a task that is known already, ConfigError for a wrong shape,
+        ModelError for NaN or infinity.
         """
         self._check_id(task_id)
         if task_id in self._states:
-            raise RegistryError(f"task {task_id} is in the identifier already: remove_task it first", code="duplicate_task")
+            raise RegistryError(
+                f"task {task_id} is in the identifier already: remove_task it first", code="duplicate_task"
+            )
         x = self._matrix(features, 1 if self.config.kind == "prompt_loss" else self.feature_dim)
         if not len(x):
             raise ConfigError(f"task {task_id}: no features: give at least one prompt", code="bad_features")
@@ -84,15 +100,18 @@ class TaskIdentifier:
         self._keep(task_id, state)
 
     def remove_task(self, task_id: int) -> None:
-        """Forget a task exactly: what remains is what would be there had it never come. Raises RegistryError for an unknown one."""
+        """Forget a task exactly: what remains is what would be there had it never come. Raises RegistryError for an
+        unknown one."""
         self._known(task_id)
         del self._states[task_id]
         self._joint = None
 
     def predict(self, features: Any) -> Identification:
-        """Infer the task of each of B prompts from features (B, D); kind "prompt_loss": losses (B, T), columns in ascending order of ids.
+        """Infer the task of each of B prompts from features (B, D); kind "prompt_loss": losses (B, T), columns in
+        ascending order of ids.
 
-        Each row is judged alone. Raises RegistryError while no task is known, ConfigError for a wrong shape, ModelError for NaN or infinity.
+        Each row is judged alone. Raises RegistryError while no task is known, ConfigError for a wrong shape, ModelError
+        for NaN or infinity.
         """
         tasks = self.task_ids
         if not tasks:
@@ -114,31 +133,35 @@ class TaskIdentifier:
         ids = np.asarray(tasks, np.int64)[best]
         return Identification(tasks, ids, probabilities, novelty, novelty > self.config.threshold)
 
-    def task_state(self, task_id: int) -> dict[str, NDArray[np.generic]]:
+    def task_state(self, task_id: int) -> dict[str, NDArray[Any]]:
         """All that is kept of a task, for a safetensors file; copies. Raises RegistryError for an unknown task."""
         return {name: array.copy() for name, array in self._known(task_id).items()}
 
-    def load_task_state(self, task_id: int, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-        """Put a task back from what `task_state` gave. Raises FormatError for arrays that are damaged or of other settings."""
+    def load_task_state(self, task_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Put a task back from what `task_state` gave. Raises FormatError for arrays that are damaged or of other
+        settings."""
         self._check_id(task_id)
         if task_id in self._states:
-            raise RegistryError(f"task {task_id} is in the identifier already: remove_task it first", code="duplicate_task")
+            raise RegistryError(
+                f"task {task_id} is in the identifier already: remove_task it first", code="duplicate_task"
+            )
         self._check_state(task_id, arrays)
         self._keep(task_id, {name: np.array(array) for name, array in arrays.items()})
 
     def nbytes(self, task_id: int) -> int:
-        """The size in bytes of the safetensors file of a task's state. Beyond these files nothing is stored: the rest comes from the seed."""
+        """The size in bytes of the safetensors file of a task's state. Beyond these files nothing is stored: the rest
+        comes from the seed."""
         from safetensors.numpy import save
 
         return len(save({name: np.asarray(array) for name, array in self._known(task_id).items()}))
 
-    def _keep(self, task_id: int, state: dict[str, NDArray[np.generic]]) -> None:
+    def _keep(self, task_id: int, state: dict[str, NDArray[Any]]) -> None:
         for array in state.values():
             array.setflags(write=False)
         self._states[task_id] = state
         self._joint = None
 
-    def _known(self, task_id: int) -> dict[str, NDArray[np.generic]]:
+    def _known(self, task_id: int) -> dict[str, NDArray[Any]]:
         if task_id not in self._states:
             known = ", ".join(map(str, self.task_ids)) or "none"
             raise RegistryError(f"the identifier does not know task {task_id}: it knows {known}", code="unknown_task")
@@ -152,7 +175,7 @@ class TaskIdentifier:
         values = (FORMAT_VERSION, self.feature_dim, self.config.num_features, self.config.seed, layer)
         return np.array(values, np.int64)
 
-    def _check_state(self, task_id: int, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    def _check_state(self, task_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         expected = {"settings": ("int64", 5), "count": ("int64", 1), "usual": ("float64", 2), **self._kind.layout()}
         if set(arrays) != set(expected):
             raise _damaged(task_id, f"arrays {sorted(arrays)} and not {sorted(expected)}")
@@ -164,16 +187,21 @@ class TaskIdentifier:
                 raise _damaged(task_id, f"{name} is not finite")
         if arrays["settings"].tolist() != self._settings().tolist():
             raise FormatError(
-                f"identifier of task {task_id}: (version, feature_dim, num_features, seed, layer) is {arrays['settings'].tolist()}, the "
-                f"identifier's {self._settings().tolist()}: use the run's own settings",
+                f"identifier of task {task_id}: (version, feature_dim, num_features, seed, layer) is "
+                f"{arrays['settings'].tolist()}, the identifier's {self._settings().tolist()}: use the run's own settings",
                 code="identifier_settings",
             )
-        if not 1 <= arrays["count"][0] <= MAX_COUNT or arrays["usual"][1] < MIN_SPREAD:
+        count, (mean, spread) = int(arrays["count"][0]), arrays["usual"].tolist()
+        if not 1 <= count <= MAX_COUNT or abs(mean) > MAX_USUAL or not MIN_SPREAD <= spread <= MAX_USUAL:
             raise _damaged(task_id, "count or usual is out of range")
+        largest = count * (self.feature_dim + 1)  # a row of features, or its outer product, has no larger entry
+        for name in self._kind.layout():
+            if np.abs(arrays[name]).max() > largest:
+                raise _damaged(task_id, f"{name} is larger than {count} prompts can make it")
         try:  # a Gram matrix that no prompts could have given is found here, not at the first prompt
-            self._kind.join([arrays], [int(arrays["count"][0])])
+            self._kind.join([arrays], [count])
             probe = np.ones((1, 1 if self.config.kind == "prompt_loss" else self.feature_dim))
-            self._kind.deviation(arrays, int(arrays["count"][0]), probe, 0)
+            self._kind.deviation(arrays, count, probe, 0)
         except np.linalg.LinAlgError:
             raise _damaged(task_id, "gram is not positive") from None
 
@@ -191,7 +219,10 @@ class TaskIdentifier:
             raise ConfigError(f"features have the shape {x.shape}: give (prompts, {width})", code="bad_features")
         bad = ~np.isfinite(x).all(axis=1)
         if bad.any():
-            raise ModelError(f"features of row {int(bad.argmax())} are not finite: the model gave NaN or infinity", code="features_not_finite")
+            raise ModelError(
+                f"features of row {int(bad.argmax())} are not finite: the model gave NaN or infinity",
+                code="features_not_finite",
+            )
         return x
 
 
@@ -201,9 +232,14 @@ def _groups(num_rows: int, prompt_ids: Sequence[int] | None) -> list[NDArray[np.
         return list(np.arange(num_rows)[:, None])
     ids = np.asarray(prompt_ids)
     if ids.shape != (num_rows,):
-        raise ConfigError(f"prompt_ids has the shape {ids.shape}: give one id for each of {num_rows} rows", code="bad_features")
+        raise ConfigError(
+            f"prompt_ids has the shape {ids.shape}: give one id for each of {num_rows} rows", code="bad_features"
+        )
     return [np.flatnonzero(ids == value) for value in np.unique(ids)]
 
 
 def _damaged(task_id: int, what: str) -> FormatError:
-    return FormatError(f"identifier of task {task_id}: {what}: the file is damaged, restore it or train the task again", code="identifier_state")
+    return FormatError(
+        f"identifier of task {task_id}: {what}: the file is damaged, restore it or train the task again",
+        code="identifier_state",
+    )

@@ -1,12 +1,15 @@
-"""The lowest prompt loss: the task whose parameters find the prompt most likely. The caller runs the model and gives the losses.
+"""The lowest prompt loss: the task whose parameters find the prompt most likely. The caller runs the model and gives
+the losses.
 
-A task is added with its own prompts' losses under its own parameters, (n, 1); prompts are judged by their losses under every task's, (B, T) in
-ascending order of ids. A loss is the mean over the prompt's tokens, in nats. Nothing is kept of a task but what is usual for it.
+A task is added with its own prompts' losses under its own parameters, (n, 1); prompts are judged by their losses under
+every task's, (B, T) in ascending order of ids. A loss is the mean over the prompt's tokens, in nats. Nothing is kept of
+a task but what is usual for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 from moses.stream.identify.config import IdentifierConfig
 
 Matrix = NDArray[np.float64]
-State = Mapping[str, NDArray[np.generic]]
+State = Mapping[str, NDArray[Any]]
 _TINY = 1e-12
 
 
@@ -30,7 +33,7 @@ class PromptLoss:
         """What is kept of a task besides the count and what is usual: nothing."""
         return {}
 
-    def summarise(self, x: Matrix, groups: Sequence[NDArray[np.intp]]) -> tuple[dict[str, NDArray[np.generic]], Matrix]:
+    def summarise(self, x: Matrix, groups: Sequence[NDArray[np.intp]]) -> tuple[dict[str, NDArray[Any]], Matrix]:
         """Nothing, and the logarithm of each loss (n,)."""
         return {}, np.log(np.maximum(x[:, 0], _TINY))
 
@@ -44,7 +47,8 @@ class PromptLoss:
 
     def certainty(self, scores: Matrix, probabilities: Matrix) -> Matrix:
         """(B,) the winner's probability."""
-        return probabilities.max(axis=1)
+        certainty: Matrix = probabilities.max(axis=1)
+        return certainty
 
     def deviation(self, state: State, count: int, x: Matrix, column: int) -> Matrix:
         """Logarithm of each row's loss under the task in `column` (B,)."""

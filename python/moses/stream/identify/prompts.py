@@ -1,7 +1,8 @@
-"""What of a task's prompts the identifier is shown: the whole prompt, and the prompt without the lines that all of them share.
+"""What of a task's prompts the identifier is shown: the whole prompt, and the prompt without the lines that all of them
+share.
 
-An identifier that has only seen whole prompts reads the instruction and little else: shown the text alone, it is right 69% of the time on
-stream8's eval parts, and 94% after it has seen both (100% on whole prompts either way).
+An identifier that has only seen whole prompts reads the instruction and little else: shown the text alone, it is right
+69% of the time on stream8's eval parts, and 94% after it has seen both (100% on whole prompts either way).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ TEMPLATE_SHARE = 0.5  # a line is the template's when at least this share of the
 
 
 def without_template(prompts: Sequence[str]) -> list[str]:
-    """Each prompt without the lines that at least half of the prompts have in common; whole where nothing would be left.
+    """Each prompt without the lines that at least half of the prompts have in common; whole where nothing would be
+    left.
 
     A single prompt tells nothing about what is shared, and stays whole.
     """
@@ -27,8 +29,8 @@ def without_template(prompts: Sequence[str]) -> list[str]:
 def prompt_views(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     """The texts that a task's identifier is fitted on, and for each of them the index of the prompt it is a view of.
 
-    Whole prompts first, then those that are different without their template. Give the second list to `TaskIdentifier.add_task` as
-    `prompt_ids`. The first is at most twice as long as `prompts`.
+    Whole prompts first, then those that are different without their template. Give the second list to
+    `TaskIdentifier.add_task` as `prompt_ids`. The first is at most twice as long as `prompts`.
     """
     bodies = without_template(prompts)
     differ = [index for index, (prompt, body) in enumerate(zip(prompts, bodies, strict=True)) if prompt != body]

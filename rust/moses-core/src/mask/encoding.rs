@@ -12,6 +12,9 @@
 //! A mask by itself (`to_bytes`) is a version byte, the length as a varint, and an encoding. In a registry the length
 //! is that of the space. Equal masks have equal bytes.
 
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
+
 use roaring::RoaringBitmap;
 
 use super::{Mask, checked_length};
@@ -28,32 +31,58 @@ const RUNS: u8 = 4;
 const ROARING: u8 = 5;
 
 /// What decoding may still unfold, in bytes of memory. Some bytes of a file can stand for a mask of 2^28 units, and a
-/// file can have many of these.
+/// file can have many of these. Where the same few runs come again and again (a task that uses everything), they are
+/// unfolded once and shared, so what is honest never meets the limit.
 pub(crate) struct Budget {
     left: u64,
     limit: u64,
+    shared: HashMap<(u64, Vec<RangeInclusive<u32>>), Mask>,
 }
 
 impl Budget {
+    /// Masks of more runs than this are not looked for among those that were.
+    const SHARED_RUNS: usize = 16;
+
     pub(crate) fn for_file(bytes: usize) -> Self {
         let limit = MASK_BUDGET_BYTES.saturating_add((bytes as u64).saturating_mul(MASK_GROWTH));
-        Self { left: limit, limit }
+        Self { left: limit, limit, shared: HashMap::new() }
     }
 
-    /// A run costs a container of memory for each 65,536 units that it spans.
-    fn charge(&mut self, units: u64) -> Result<()> {
-        const CONTAINER_BYTES: u64 = 64;
-        let cost = (units >> 16).saturating_add(1).saturating_mul(CONTAINER_BYTES);
+    /// The mask of ascending runs that do not touch, all below `length`.
+    fn unfold(&mut self, length: u64, runs: Vec<RangeInclusive<u32>>) -> Result<Mask> {
+        let key = (length, runs);
+        if let Some(mask) = self.shared.get(&key) {
+            return Ok(mask.clone());
+        }
+        let mut last = None;
+        for run in &key.1 {
+            // A run costs its two ends, and a container for each 65,536 units that it goes into.
+            let containers = (run.end() >> 16).saturating_sub(run.start() >> 16);
+            let begins = u32::from(last.replace(run.end() >> 16).is_none_or(|last| last < run.start() >> 16));
+            self.charge(u64::from(containers.saturating_add(begins)))?;
+        }
+        let mut units = RoaringBitmap::new();
+        for run in &key.1 {
+            units.insert_range(run.clone());
+        }
+        let mask = Mask::new(length, units);
+        if key.1.len() <= Self::SHARED_RUNS {
+            self.shared.insert(key, mask.clone());
+        }
+        Ok(mask)
+    }
+
+    fn charge(&mut self, containers: u64) -> Result<()> {
+        let cost = containers.saturating_mul(64).saturating_add(4);
         match self.left.checked_sub(cost) {
             Some(left) => {
                 self.left = left;
                 Ok(())
             }
-            None => Err(Error::Oversized {
-                what: "set of masks",
-                value: self.limit.saturating_add(cost),
-                limit: self.limit,
-            }),
+            None => {
+                let value = self.limit.saturating_add(cost);
+                Err(Error::Oversized { what: "set of masks", value, limit: self.limit })
+            }
         }
     }
 }
@@ -142,7 +171,7 @@ impl Mask {
 
     /// The smallest Roaring form does not depend on how the mask came to be; where two are equally small, the first may.
     fn canonical(&self) -> RoaringBitmap {
-        let mut units = self.units.clone();
+        let mut units = RoaringBitmap::clone(&self.units);
         units.remove_run_compression();
         units.optimize();
         units
@@ -192,15 +221,18 @@ impl Mask {
         let units = match tag {
             EMPTY => RoaringBitmap::new(),
             FULL => {
-                budget.charge(length)?;
-                return Self::full(length);
+                let last = u32::try_from(length.saturating_sub(1)).unwrap_or(0);
+                return budget.unfold(length, (length > 0).then_some(0..=last).into_iter().collect());
             }
             BITMAP => {
                 let count = reader.count(length.div_ceil(8))?;
                 RoaringBitmap::from_lsb0_bytes(0, reader.take(count)?)
             }
             INDICES => decode_indices(reader, length)?,
-            RUNS => decode_runs(reader, length, budget)?,
+            RUNS => {
+                let runs = decode_runs(reader, length)?;
+                return budget.unfold(length, runs);
+            }
             ROARING => {
                 let count = reader.count(u64::MAX)?;
                 let mut bytes = reader.take(count)?;
@@ -251,21 +283,24 @@ fn decode_indices(reader: &mut Reader<'_>, length: u64) -> Result<RoaringBitmap>
     Ok(units)
 }
 
-fn decode_runs(reader: &mut Reader<'_>, length: u64, budget: &mut Budget) -> Result<RoaringBitmap> {
+fn decode_runs(reader: &mut Reader<'_>, length: u64) -> Result<Vec<RangeInclusive<u32>>> {
     let count = reader.count(length)?;
-    let mut units = RoaringBitmap::new();
+    let mut runs = Vec::new();
     let mut next = 0_u64;
-    for _ in 0..count {
-        let start = next.saturating_add(reader.varint()?);
+    for at in 0..count {
+        let gap = reader.varint()?;
+        if gap == 0 && at > 0 {
+            return Err(reader.malformed("two runs touch"));
+        }
+        let start = next.saturating_add(gap);
         let last = start.saturating_add(reader.varint()?);
         if last >= length {
             return Err(reader.malformed(format!("unit {last} is outside a mask of {length}")));
         }
-        budget.charge(last.saturating_sub(start))?;
-        units.insert_range(start as u32..=last as u32);
+        runs.push(start as u32..=last as u32);
         next = last.saturating_add(1);
     }
-    Ok(units)
+    Ok(runs)
 }
 
 #[cfg(test)]
@@ -336,6 +371,7 @@ mod tests {
         assert_eq!(code(&[1, 8, BITMAP, 1]), "format_truncated");
         assert_eq!(code(&[1, 8, INDICES, 2, 7, 0]), "format_malformed"); // unit 8 of 8
         assert_eq!(code(&[1, 8, RUNS, 1, 7, 1]), "format_malformed");
+        assert_eq!(code(&[1, 8, RUNS, 2, 1, 1, 0, 1]), "format_malformed"); // two runs that are one
         assert_eq!(code(&[1, 8, ROARING, 0]), "format_malformed");
         assert_eq!(code(&[1, 0x80, 0x00, EMPTY]), "format_malformed"); // a number longer than it must be
         let eleven = [0xff; 11];
@@ -344,12 +380,27 @@ mod tests {
 
     #[test]
     fn few_bytes_never_unfold_to_much() {
-        let mut bytes = Vec::new();
         let mut budget = Budget::for_file(0);
-        put_varint(&mut bytes, 0); // only to own some bytes
-        let result = (0..1_000_000)
-            .try_for_each(|_| Mask::decode(&mut Reader::new("mask", &[FULL]), MAX_UNITS, &mut budget).map(|_| ()));
+        let decode =
+            |budget: &mut Budget, bytes: &[u8], length| Mask::decode(&mut Reader::new("mask", bytes), length, budget);
+        // The same one is shared, however often it comes.
+        for _ in 0..100_000 {
+            assert_eq!(decode(&mut budget, &[FULL], MAX_UNITS).unwrap().count(), MAX_UNITS);
+        }
+        // Others are not: each of these has a length of its own.
+        let result = (0..100_000).try_for_each(|less| decode(&mut budget, &[FULL], MAX_UNITS - less).map(|_| ()));
         assert_eq!(result.unwrap_err().code(), "format_oversized");
+    }
+
+    #[test]
+    fn what_was_written_is_read_whatever_its_shape() {
+        // Millions of short runs in the longest mask: the most that is honest.
+        let indices: Vec<u64> =
+            (0..MAX_UNITS / 256).flat_map(|at| [at * 256 + 5, at * 256 + 6, at * 256 + 7]).collect();
+        let mask = Mask::from_indices(MAX_UNITS, &indices).unwrap();
+        let bytes = mask.to_bytes();
+        assert_eq!(bytes[6], RUNS);
+        assert_eq!(Mask::from_bytes(&bytes).unwrap(), mask);
     }
 
     fn any_mask() -> impl Strategy<Value = Mask> {

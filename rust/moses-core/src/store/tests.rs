@@ -178,6 +178,24 @@ fn after_an_io_error_anywhere_the_state_is_the_one_that_was_told() {
 }
 
 #[test]
+fn a_disk_that_dies_at_the_commit_point_is_told_as_such() {
+    let mut codes = std::collections::BTreeSet::new();
+    for cut in 0..operations() {
+        let files = MemoryFs::default();
+        let Ok(mut store) = Store::create(&files) else { continue };
+        files.set_fault(Fault::StopAt(cut));
+        for step in script() {
+            let Err(error) = commit(&mut store, &step) else { continue };
+            codes.insert(error.code());
+            if error.code() == "commit_unknown" {
+                assert_eq!(commit(&mut store, &step).unwrap_err().code(), "store_closed");
+            }
+        }
+    }
+    assert!(codes.is_superset(&["commit_unknown", "commit_not_durable"].into()), "{codes:?}");
+}
+
+#[test]
 fn what_was_recovered_is_said() {
     let files = MemoryFs::default();
     run(&files, Fault::None);

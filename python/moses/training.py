@@ -84,12 +84,27 @@ def train(
         RunError: the folder holds something else, or a run with other settings.
     """
     method_settings, train_config, identifier_config, dtype = split_settings(method, settings or {}, seed)
-    loaded = stream if isinstance(stream, Stream) else load_stream(stream if isinstance(stream, str) else Path(stream), tasks)
+    loaded = (
+        stream
+        if isinstance(stream, Stream)
+        else load_stream(stream if isinstance(stream, str) else Path(stream), tasks)
+    )
     source = None if isinstance(stream, Stream) else str(stream)
     with (
         progress or Progress() as shown,
         start_session(
-            output_dir, model, tokenizer, loaded, source, method, method_settings, train_config, identifier_config, dtype, resume, shown
+            output_dir,
+            model,
+            tokenizer,
+            loaded,
+            source,
+            method,
+            method_settings,
+            train_config,
+            identifier_config,
+            dtype,
+            resume,
+            shown,
         ) as session,
     ):
         if not session.finished:
@@ -107,12 +122,17 @@ def split_settings(method: str, settings: dict[str, Any], seed: int) -> tuple[An
     dtype = settings.pop("dtype", "auto")
     ours = {field.name for field in dataclasses.fields(cls.config_class)}
     training = {field.name for field in dataclasses.fields(TrainConfig)}
-    identifying = {key.removeprefix("identifier."): value for key, value in settings.items() if key.startswith("identifier.")}
+    identifying = {
+        key.removeprefix("identifier."): value for key, value in settings.items() if key.startswith("identifier.")
+    }
     plain = {key: value for key, value in settings.items() if not key.startswith("identifier.")}
     for key in plain:
         if key not in ours | training:
             known = ", ".join(sorted(ours | training))
-            raise ConfigError(f"unknown setting {key!r} for method {method!r}; known are {known}, dtype and identifier.*", code="unknown_setting")
+            raise ConfigError(
+                f"unknown setting {key!r} for method {method!r}; known are {known}, dtype and identifier.*",
+                code="unknown_setting",
+            )
     return (
         from_settings(cls.config_class, {key: value for key, value in plain.items() if key in ours}),
         from_settings(TrainConfig, {key: value for key, value in plain.items() if key in training}),
@@ -139,12 +159,20 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     labels = session.formats[task.name].labels
     seed = stable_seed(config.seed, "task", index) % 2**32
     set_seed(seed)
-    features = session.prompt_features_of(task)
-    similar = session.most_similar(features) if method.reads_similar else None
+    views = session.views_of(task)
+    similar = session.most_similar(views.features) if method.reads_similar else None
     method.begin_task(task.name, task.domain, len(labels) if session.kind == "classifier" else None, similar)
     cuts = Cuts()
     rows = [
-        encode_train(session.tokenizer, example, config.max_length, session.kind, labels=labels, template=config.template, cuts=cuts)
+        encode_train(
+            session.tokenizer,
+            example,
+            config.max_length,
+            session.kind,
+            labels=labels,
+            template=config.template,
+            cuts=cuts,
+        )
         for example in task.train
     ]
     if cuts.cut:
@@ -166,7 +194,7 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
     method.end_task(task.name)
-    session.commit_task(task.name, features, similar)
+    session.commit_task(task.name, views, similar)
     shutil.rmtree(trainer_folder, ignore_errors=True)
 
 
@@ -193,6 +221,7 @@ def _arguments(config: TrainConfig, folder: Path, seed: int) -> Any:
         logging_steps=10,
         report_to=os.environ.get("MOSES_REPORT_TO", "none"),
         disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )

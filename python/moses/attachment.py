@@ -22,7 +22,9 @@ from .subexperts.linear import Gates
 from .targets import block_of, find_targets, linear_shape
 
 # Keys and values of cross-attention read the encoder's tokens, not those of the block they stand in.
-_OTHER_TOKENS = re.compile(r"(^|.*\.)(EncDecAttention|crossattention|encoder_attn|cross_attn)\.(.*\.)?(k|v|key|value|k_proj|v_proj)$")
+_OTHER_TOKENS = re.compile(
+    r"(^|.*\.)(EncDecAttention|crossattention|encoder_attn|cross_attn)\.(.*\.)?(k|v|key|value|k_proj|v_proj)$"
+)
 
 
 def attach(model: nn.Module, config: MosesConfig | None = None) -> MosesModel:
@@ -56,7 +58,7 @@ def attach(model: nn.Module, config: MosesConfig | None = None) -> MosesModel:
     for path in paths:
         base = model.get_submodule(path)
         d_out, d_in = linear_shape(base)
-        bank = make_bank(config.granularity, d_out, d_in, config.num_experts, config.rank)
+        bank = make_bank(config, d_out, d_in)
         registry.add_layer(path, config.num_experts, bank.spaces)
         block = block_of(path, model) if config.router == "block" and not _OTHER_TOKENS.match(path) else None
         place = block or path
@@ -64,7 +66,9 @@ def attach(model: nn.Module, config: MosesConfig | None = None) -> MosesModel:
         if place not in gates:
             gates[place] = Gates()
             seed = stable_seed(config.seed, "router", place)
-            router = routers[place] = TaskRouter(place, d_in, config.num_experts, config.top_k, config.router_dim, seed, context)
+            router = routers[place] = TaskRouter(
+                place, d_in, config.num_experts, config.top_k, config.router_dim, seed, context
+            )
         linear = SubExpertLinear(base, bank, config.scale, context, gates[place], router)
         model.set_submodule(path, linear.to(base.weight.device))
         banks[path] = linear

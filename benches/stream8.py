@@ -1,0 +1,141 @@
+"""Methods of continual learning on the eight tasks of stream8 with MiniLM: OP, BWT, TaIL OP and bytes a method and seed.
+
+    python benches/stream8.py --stream ../shared/data/stream8 [--seeds 0,1,2] [--only NAME,NAME] [--work build/stream8]
+
+Each row is one run of `moses.train` in a process of its own; a row that is in benches/results/stream8.json already is not
+measured again, so that an interrupted measurement goes on. Settings were chosen on the eval splits; scores are of all 6,200
+test items. `--split eval` scores the eval splits instead and writes to stream8_eval.json: that is how settings are chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TRAINING = {
+    "epochs": 5,
+    "batch_size": 16,
+    "learning_rate": 2e-3,
+    "warmup_ratio": 0.1,
+    "max_length": 128,
+    "precision": "bfloat16",
+    "eval_batch_size": 64,
+    "eval_rows": "final",
+}
+# name: (method, rank as the table says it, settings beyond TRAINING)
+VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "moses": ("moses", 8, {}),
+    "moses-no-reuse": ("moses", 8, {"reuse": "none"}),
+    "per-task-lora-1": ("per-task", 1, {"rank": 1}),
+    "per-task-lora-2": ("per-task", 2, {"rank": 2}),
+    "per-task-lora-4": ("per-task", 4, {"rank": 4}),
+    "per-task-lora-8": ("per-task", 8, {"rank": 8}),
+    "per-task-vera-256": ("per-task", 256, {"adapter": "vera", "rank": 256, "learning_rate": 2e-2}),
+    "per-task-ia3": ("per-task", 0, {"adapter": "ia3", "learning_rate": 2e-2}),
+    "sequential-lora-1": ("sequential", 1, {"rank": 1}),
+    "sequential-lora-2": ("sequential", 2, {"rank": 2}),
+    "sequential-lora-4": ("sequential", 4, {"rank": 4}),
+    "sequential-lora-8": ("sequential", 8, {"rank": 8}),
+}
+
+
+def measure(
+    name: str, seed: int, stream: str, split: str, work: Path, extra: dict[str, Any], tasks: str | None
+) -> dict[str, Any]:
+    """Run one variant here and return its row."""
+    import dataclasses
+
+    import moses
+    from moses.stream import Stream
+
+    method, rank, settings = VARIANTS[name]
+    loaded = moses.load_stream(Path(stream), tasks.split(",") if tasks else None)
+    if split == "eval":
+        loaded = Stream(loaded.name, tuple(dataclasses.replace(task, test=task.eval) for task in loaded.tasks))
+    started = time.monotonic()
+    run = moses.train(
+        "minilm",
+        stream=loaded,
+        method=method,
+        output_dir=work / f"{name}-{seed}",
+        seed=seed,
+        resume=True,
+        settings=TRAINING | settings | extra,
+    )
+    results = run.results
+    totals = [sum(size for kind, size in task["bytes"].items() if kind != "identifier") for task in results["capacity"]]
+    if method == "sequential":  # each end of task writes over the one LoRA, which is there once
+        totals = [totals[0], *(task["bytes"]["heads"] + task["bytes"]["masks"] for task in results["capacity"][1:])]
+    weights = sum(task["bytes"]["weights"] for task in results["capacity"])
+    shared = None
+    if results["overlap"]:
+        overlap, size = results["overlap"], len(results["overlap"])
+        shared = sum(max(overlap[t][:t], default=0) for t in range(size)) / max(
+            1, sum(overlap[t][t] for t in range(size))
+        )
+    return {
+        "method": name,
+        "rank": rank,
+        "seed": seed,
+        "op": run.metrics["op"],
+        "bwt": run.metrics["bwt"],
+        "tail_op": results["tail"]["metrics"]["op"],
+        "bytes": sum(totals),
+        "first_bytes": totals[0],
+        "last_bytes": totals[-1],
+        "weight_bytes": weights,
+        "identifier_bytes": sum(task["bytes"]["identifier"] for task in results["capacity"]),
+        "task_accuracy": results["tail"]["task_accuracy"],
+        "shared_fraction": shared,
+        "row": run.matrix[-1],
+        "seconds": time.monotonic() - started,
+        "settings": TRAINING | settings | extra,
+        "environment": results["environment"],
+    }
+
+
+def main() -> None:
+    """Measure what is missing, one process a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stream", default="../shared/data/stream8")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default=",".join(VARIANTS))
+    parser.add_argument("--split", choices=("test", "eval"), default="test")
+    parser.add_argument("--tasks")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--label", default="", help="appended to the method's name in the row")
+    parser.add_argument("--work", type=Path, default=Path("build/stream8"))
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    extra = {pair.split("=", 1)[0]: json.loads(pair.split("=", 1)[1]) for pair in arguments.set}
+    work = arguments.work / arguments.split / (arguments.label or "plain")
+    if arguments.row:
+        name, seed = arguments.row.rsplit(":", 1)
+        print(json.dumps(measure(name, int(seed), arguments.stream, arguments.split, work, extra, arguments.tasks)))
+        return
+    path = HERE / "results" / ("stream8.json" if arguments.split == "test" else "stream8_eval.json")
+    path.parent.mkdir(exist_ok=True)
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in arguments.only.split(","):
+            rows = json.loads(path.read_text()) if path.exists() else []
+            label = name + arguments.label
+            if any((row["method"], row["seed"]) == (label, seed) for row in rows):
+                continue
+            command = [sys.executable, __file__, *sys.argv[1:], "--row", f"{name}:{seed}"]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            row = json.loads(output.splitlines()[-1]) | {"method": label}
+            path.write_text(json.dumps([*rows, row], indent=1) + "\n")
+            print(
+                f"{label:24} seed {seed}  OP {row['op']:.2f}  BWT {row['bwt']}  bytes {row['bytes']}  {row['seconds']:.0f} s",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    main()
