@@ -106,3 +106,29 @@ def tiny_batch() -> Callable[..., dict[str, Any]]:
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder with a tiny random Llama and a word tokenizer made from the built-in `tiny` stream, as `save_pretrained` writes it."""
+    import torch
+    import transformers as hf
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    from moses.stream import load_stream
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    texts = [f"{row.prompt} {row.answer}" for task in load_stream("tiny").tasks for row in (*task.train, *task.test)]
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<pad>", "<s>", "</s>", "<unk>"]))
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = hf.LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        )
+        hf.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -115,11 +115,11 @@ def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
 
     from moses._core import hash_buffers
 
-    entries = []
+    entries: list[tuple[str, Any]] = []  # numpy's arrays are buffers, which their types say from Python 3.12 on
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         label = f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        entries.append((label, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        entries.append((label, tensor.cpu().reshape(-1).view(torch.uint8).numpy()))
     return hash_buffers(entries)
 
 

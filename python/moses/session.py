@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from . import _core
 from .answers import Answerer, TaskFormat, autocast
 from .attached import MosesModel
-from .checkpoint import adopt_registry, is_run, load_base, load_method, model_source, read_config, task_files
+from .checkpoint import is_run, load_base, load_method, model_source, read_config, task_files
 from .config import TrainConfig, from_settings, to_json
 from .errors import ModelError, RunError
 from .evaluate import Evaluator, prompts
-from .methods import Method, method_class
+from .methods import Method
 from .models import kind_of, load_model
 from .progress import Progress
 from .results import RunProgress, results_document, task_bytes
@@ -34,6 +34,7 @@ from .stream import Stream, load_stream
 from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features, prompt_views
 from .stream.prompt import Kind, label_names
 from .stream.task import Task
+from .targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,7 @@ def start_session(
         raise ModelError(
             "the model has sub-experts already; give the base model, or moses.detach it", code="already_attached"
         )
+    find_targets(model, method_config.target_modules)  # a wrong name is found before the folder is made
     formats = {task.name: _format(task, tokenizer, kind, train_config) for task in stream.tasks}
     config = RunConfig(
         method=method,
@@ -417,6 +419,3 @@ def _format(task: Task, tokenizer: Any, kind: Kind, config: TrainConfig) -> Task
 def _mean(row: Sequence[float | None]) -> float | None:
     cells = [cell for cell in row if cell is not None]
     return sum(cells) / len(cells) if cells else None
-
-
-__all__ = ["Session", "adopt_registry", "method_class", "open_session", "start_session"]

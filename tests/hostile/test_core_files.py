@@ -60,13 +60,14 @@ def bombs() -> dict[str, bytes]:
     """Small files that declare a lot."""
     one_layer = b"\1\1\1" + b"\0" + name("l") + b"\1\0\0" + b"\1" + name("s") + varint(2**28) + varint(2**24)
     no_layers, no_tasks = b"\0\0\0", b"\0\0"
-    full = b"".join(b"\0\1" + varint(len(str(at))) + str(at).encode() + b"\1\0\0\1" for at in range(60_000))
+    task = lambda at, mask: b"\0\1" + varint(len(str(at))) + str(at).encode() + b"\1\0\0" + mask  # noqa: E731
+    almost_full = b"".join(task(at, b"\4\1" + varint(at) + varint(2**28 - 1 - at)) for at in range(60_000))
     runs = b"\0\1\1a\1\0\0\4" + varint(50_000) + b"\0" * 100_000
     every = varint(2**20 - 1)
     experts = varint(9) + varint(2**20) + varint(9)
     experts += b"".join(b"\0" + name(str(at)) + b"\1\0" + every + b"\1" + name("s") + b"\1\1" for at in range(9))
     return {
-        "60,000 full masks of 2^28 units": registry_file(one_layer, varint(60_000) + varint(60_000) + full),
+        "60,000 masks of almost 2^28 units": registry_file(one_layer, varint(60_000) + varint(60_000) + almost_full),
         "a mask of 50,000 runs that touch": registry_file(one_layer, b"\1\1" + runs),
         "nine layers of a million experts": registry_file(experts, no_tasks),
         "2^64 layers": registry_file(b"\1\1" + varint(2**64 - 1), no_tasks),

@@ -14,7 +14,7 @@ from moses.stream import load_stream
 from moses.stream.identify import IdentifierConfig, TaskIdentifier, features_of_encoded, prompt_views
 
 STREAM8 = Path(os.environ.get("MOSES_STREAM8") or Path(__file__).parents[3] / "shared" / "data" / "stream8")
-NUM_FIT, NUM_TEST, MAX_TOKENS = 40, 12, 64
+NUM_FIT, NUM_TEST, MAX_TOKENS = 32, 8, 48
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,9 +67,11 @@ def accuracy(identifier, tests):
 def test_eight_tasks_are_told_apart(features):
     fit, full, text = features
     identifier = identifier_of(fit, range(8))
-    # with all 500 training prompts 100% and 94%; here 40 of them, and 96 test prompts
-    assert accuracy(identifier, full) >= 0.98
-    assert accuracy(identifier, text) >= 0.82
+    # with all 500 training prompts 100% and 94%; here 32 of them, and 64 test prompts
+    assert accuracy(identifier, full) >= 0.95
+    assert accuracy(identifier, text) >= 0.75
+    whole = identifier_of([(rows[:NUM_FIT], None) for rows, _ in fit], range(8))
+    assert accuracy(identifier, text) >= accuracy(whole, text) + 0.1
     assert max(identifier.nbytes(task_id) for task_id in range(8)) <= 500_000
 
 

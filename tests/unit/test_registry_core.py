@@ -220,7 +220,7 @@ def test_threads_may_share_it() -> None:
         try:
             for _ in range(200):
                 assert registry.used(layer, "components").count >= 8
-                assert registry == registry  # noqa: PLR0124
+                assert registry == registry
         except BaseException as failure:
             failures.append(failure)
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -62,6 +63,18 @@ def test_the_manifest_says_what_is_there(run: Path) -> None:
     assert manifest["files"] == {"config.json": {"path": "config.json", "bytes": 2, "blake3": blake3_hex(b"{}")}}
 
 
+def test_any_mapping_and_any_buffer_are_taken(run: Path) -> None:
+    with Store.create(run) as store:
+        store.commit(MappingProxyType({"a": bytearray(b"1"), "b": memoryview(b"22")}), delete=())
+        store.commit({}, delete=("a",))
+        assert store.read("b") == b"22"
+        for wrong in ([("a", b"1")], {"a": "text"}, {1: b"1"}, None):
+            with pytest.raises(TypeError):
+                store.commit(wrong)
+        with pytest.raises(TypeError):
+            store.commit({}, delete="b")
+
+
 def test_other_files_of_the_folder_are_left_alone(run: Path) -> None:
     run.mkdir()
     (run / "log.jsonl").write_text("mine")
@@ -95,7 +108,7 @@ def test_a_reader_that_is_overtaken_is_told_so(run: Path) -> None:
             with pytest.raises(StoreError, match="generation 1 to 2") as caught:
                 reader.read("a")
             assert caught.value.code == "store_changed"
-        with pytest.raises(StoreError, match="no file 'a'|no file \"a\""):
+        with pytest.raises(StoreError, match='no file "a"'):
             early.read("a")
 
 

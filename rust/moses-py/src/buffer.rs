@@ -1,8 +1,11 @@
 //! Any contiguous buffer of Python (bytes, memoryview, numpy array) as bytes, without copying.
 
+use std::collections::BTreeMap;
+
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
+use pyo3::types::PyMapping;
 
 /// A buffer that is held, so that Python neither frees nor resizes it.
 pub(crate) struct Bytes(PyUntypedBuffer);
@@ -37,5 +40,24 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Bytes {
             return Err(PyBufferError::new_err("the buffer is not contiguous: make a copy of it first"));
         }
         Ok(Self(buffer))
+    }
+}
+
+/// Buffers by key, out of any mapping.
+pub(crate) struct Buffers<K>(BTreeMap<K, Bytes>);
+
+impl<K: Clone + Ord> Buffers<K> {
+    pub(crate) fn as_slices<T: Ord>(&self, key: impl Fn(K) -> T) -> BTreeMap<T, &[u8]> {
+        self.0.iter().map(|(name, bytes)| (key(name.clone()), bytes.as_slice())).collect()
+    }
+}
+
+impl<'a, 'py, K: FromPyObjectOwned<'py, Error = PyErr> + Ord> FromPyObject<'a, 'py> for Buffers<K> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let items = object.cast::<PyMapping>()?.items()?;
+        let pair = |item: Bound<'py, PyAny>| Ok((item.get_item(0)?.extract::<K>()?, item.get_item(1)?.extract()?));
+        Ok(Self(items.iter().map(pair).collect::<PyResult<_>>()?))
     }
 }

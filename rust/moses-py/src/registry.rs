@@ -1,6 +1,5 @@
 //! `Registry` and the values that it gives.
 
-use std::collections::BTreeMap;
 use std::sync::RwLock;
 
 use moses_core::registry::{Registry as CoreRegistry, Space, State, Task};
@@ -8,7 +7,7 @@ use moses_core::{LayerId, Mask as CoreMask, TaskId};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
-use crate::buffer::Bytes;
+use crate::buffer::{Buffers, Bytes};
 use crate::error::{Failure, poisoned};
 use crate::mask::Mask;
 
@@ -110,10 +109,6 @@ impl Registry {
     ) -> PyResult<T> {
         py.detach(|| Ok(work(&mut *self.0.write().map_err(poisoned)?).map_err(Failure)?))
     }
-}
-
-fn values(owned_values: &BTreeMap<u32, Bytes>) -> BTreeMap<TaskId, &[u8]> {
-    owned_values.iter().map(|(&task, bytes)| (TaskId(task), bytes.as_slice())).collect()
 }
 
 #[pymethods]
@@ -246,18 +241,13 @@ impl Registry {
         self.read(py, CoreRegistry::overlap)
     }
 
-    fn assemble<'py>(
-        &self,
-        py: Python<'py>,
-        task: u32,
-        owned_values: BTreeMap<u32, Bytes>,
-    ) -> PyResult<Bound<'py, PyBytes>> {
-        let flat = self.read(py, |registry| registry.assemble(TaskId(task), &values(&owned_values)))?;
+    fn assemble<'py>(&self, py: Python<'py>, task: u32, owned_values: Buffers<u32>) -> PyResult<Bound<'py, PyBytes>> {
+        let flat = self.read(py, |registry| registry.assemble(TaskId(task), &owned_values.as_slices(TaskId)))?;
         Ok(PyBytes::new(py, &flat))
     }
 
-    fn content_hash(&self, py: Python<'_>, task: u32, owned_values: BTreeMap<u32, Bytes>) -> PyResult<String> {
-        self.read(py, |registry| registry.content_hash(TaskId(task), &values(&owned_values)))
+    fn content_hash(&self, py: Python<'_>, task: u32, owned_values: Buffers<u32>) -> PyResult<String> {
+        self.read(py, |registry| registry.content_hash(TaskId(task), &owned_values.as_slices(TaskId)))
     }
 
     fn set_content_hash(&self, py: Python<'_>, task: u32, hash: &str) -> PyResult<()> {

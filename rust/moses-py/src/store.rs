@@ -10,7 +10,7 @@ use moses_core::{Error, Store as CoreStore};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::buffer::Bytes;
+use crate::buffer::Buffers;
 use crate::error::{Failure, poisoned};
 
 #[pyclass(frozen, get_all, eq, module = "moses._core")]
@@ -113,11 +113,8 @@ impl Store {
     }
 
     #[pyo3(signature = (put, delete = Vec::new()), text_signature = "($self, put, delete=())")]
-    fn commit(&self, py: Python<'_>, put: BTreeMap<String, Bytes>, delete: Vec<String>) -> PyResult<u64> {
-        self.with(py, |store| {
-            let put = put.iter().map(|(name, bytes)| (name.clone(), bytes.as_slice())).collect();
-            store.commit(&put, &delete)
-        })
+    fn commit(&self, py: Python<'_>, put: Buffers<String>, delete: Vec<String>) -> PyResult<u64> {
+        self.with(py, |store| store.commit(&put.as_slices(|name| name), &delete))
     }
 
     fn verify(&self, py: Python<'_>) -> PyResult<Vec<(String, String, String)>> {

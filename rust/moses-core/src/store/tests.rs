@@ -142,6 +142,31 @@ fn a_second_crash_while_the_first_is_mended_does_no_harm() {
 }
 
 #[test]
+fn a_power_cut_while_the_next_process_mends_does_no_harm() {
+    for cut in 0..operations() {
+        for cut_again in 0..12 {
+            // The process dies, the machine does not: what was not synced is there, and not yet safe.
+            let files = MemoryFs::default();
+            let (confirmed, begun) = run(&files, Fault::StopAt(cut));
+            files.set_fault(Fault::StopAt(cut_again));
+            if let Err(Error::NotARun { .. }) = open(&files, true) {
+                continue;
+            }
+            for survival in survivals().take(8) {
+                let found = files.after_crash(survival);
+                let what = format!("killed at {cut}, power cut at {cut_again}, {survival:?}");
+                match open(&found, false) {
+                    Err(Error::NotARun { .. }) => assert_eq!(begun, 0, "{what}: the run is lost"),
+                    _ => {
+                        check(&found, confirmed..=begun, &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn after_an_io_error_anywhere_the_state_is_the_one_that_was_told() {
     for at in 0..operations() {
         let files = MemoryFs::default();
