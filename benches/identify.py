@@ -1,13 +1,12 @@
-"""How well the task identifier tells eight real tasks apart: a table for each choice of features, as markdown and as
-JSON.
+"""How well the task identifier tells eight real tasks apart: a table for each choice, as markdown and as JSON.
 
     python benches/identify.py --stream ../shared/data/stream8 [--model minilm] [--num-test 0] [--cache FOLDER]
 
 "full" is the prompt as it stands; "text" is what is left without its first two lines (the question and the options) and
 its last ("Answer:"). An identifier is fitted on whole prompts, on the text alone, or on both views
-(`moses.stream.identify.prompt_views`), and judged on test prompts that it never saw. "unknown" is the share of known
-tasks' prompts taken for unknown (they count as wrong in the accuracy); "found" is the share of a left-out task's
-prompts that are, over all tasks left out in turn. Tokens of a prompt: at most 128.
+(`moses.stream.identify.prompt_views`), and judged on test prompts that it never saw: the share whose most likely task
+is the right one. "unknown" is the share of known tasks' prompts taken for unknown; "found" the share of a left-out
+task's prompts that are, over all tasks left out in turn. A prompt is cut to 128 tokens.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def load_features(args, layers):
     return [task.name for task in stream.tasks], features
 
 
-def measure(config, column, fit, names, features):
+def measure(config, columns, fit, names, features):
     """One row of the table."""
     started = time.perf_counter()
     dim = next(iter(features.values())).shape[-1]
@@ -91,28 +90,30 @@ def measure(config, column, fit, names, features):
 
     def add(task_id):
         chosen = VIEWS if fit == "both" else (fit,)
-        rows = [features[view, "train", names[task_id]][:, column] for view in chosen]
+        rows = [features[view, "train", names[task_id]][:, columns] for view in chosen]
         identifier.add_task(task_id, np.concatenate(rows), [*range(len(rows[0]))] * len(rows))
 
     for task_id in range(len(names)):
         add(task_id)
     row = {"fit": fit, "bytes": max(identifier.nbytes(task_id) for task_id in identifier.task_ids)}
     for view in VIEWS:
-        right, wrong_unknown, found, total = 0, 0, 0, 0
+        right, answered, unknown, found, total = 0, 0, 0, 0, 0
         confusion = np.zeros((len(names), len(names) + 1), int)
         for task_id, name in enumerate(names):
-            result = identifier.predict(features[view, "test", name][:, column])
-            right += int(((result.task_ids == task_id) & ~result.unknown).sum())
-            wrong_unknown += int(result.unknown.sum())
+            result = identifier.predict(features[view, "test", name][:, columns])
+            right += int((result.task_ids == task_id).sum())
+            answered += int(((result.task_ids == task_id) & ~result.unknown).sum())
+            unknown += int(result.unknown.sum())
             total += len(result.task_ids)
             np.add.at(confusion[task_id], np.where(result.unknown, len(names), result.task_ids), 1)
         for task_id, name in enumerate(names):
             identifier.remove_task(task_id)
-            found += int(identifier.predict(features[view, "test", name][:, column]).unknown.sum())
+            found += int(identifier.predict(features[view, "test", name][:, columns]).unknown.sum())
             add(task_id)
         row[view] = {
             "accuracy": right / total,
-            "unknown": wrong_unknown / total,
+            "right_and_known": answered / total,
+            "unknown": unknown / total,
             "found": found / total,
             "confusion": confusion.tolist(),
         }
@@ -131,26 +132,35 @@ def main():
     last = config.num_hidden_layers
     layers = [0, last // 2, last]
     names, features = load_features(args, layers)
-    labels = ["embeddings (0)", f"middle ({last // 2})", f"last ({last})"]
-    default = IdentifierConfig()
-    choices = [("ridge", column, fit, default) for column in range(3) for fit in ("both", "full", "text")]
-    choices += [("cosine", 1, fit, dataclasses.replace(default, kind="cosine")) for fit in ("both", "full", "text")]
-    choices += [("ridge", 1, "both", dataclasses.replace(default, num_features=number)) for number in (60, 120, 240)]
-    choices += [("ridge", 1, "both", dataclasses.replace(default, ridge=ridge)) for ridge in (0.001, 1.0)]
+    # what `prompt_features` gives are the embeddings and one layer; a layer alone is that layer twice
+    default, middle = IdentifierConfig(), last // 2
+    both = ("both", "full", "text")
+    choices = [("ridge", (0, middle), fit, default) for fit in both]
+    choices += [("ridge", (layer, layer), "both", default) for layer in layers]
+    choices += [("ridge", (0, last), "both", default)]
+    choices += [("cosine", (middle, middle), fit, dataclasses.replace(default, kind="cosine")) for fit in both]
+    for setting in (
+        {"num_features": 120},
+        {"num_features": 240},
+        {"num_features": 480},
+        {"ridge": 1.0},
+        {"ridge": 40.0},
+    ):
+        choices += [("ridge", (0, middle), "both", dataclasses.replace(default, **setting))]
     rows = []
     print(
-        "| kind | layer | features | ridge | fitted on | full | text | unknown full, text "
+        "| kind | layers | features | ridge | fitted on | full | text | unknown full, text "
         "| found full, text | bytes a task |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for kind, column, fit, config in choices:
-        row = measure(config, column, fit, names, features)
+    for kind, pair, fit, config in choices:
+        row = measure(config, [layers.index(layer) for layer in pair], fit, names, features)
         width = config.num_features if kind == "ridge" else ""
-        cells = [kind, labels[column], width, config.ridge if kind == "ridge" else "", fit]
+        cells = [kind, " and ".join(map(str, sorted(set(pair)))), width, config.ridge if kind == "ridge" else "", fit]
         cells += [f"{100 * row[view]['accuracy']:.2f}" for view in VIEWS]
         cells += [", ".join(f"{100 * row[view][name]:.2f}" for view in VIEWS) for name in ("unknown", "found")]
         print("|", " | ".join(map(str, [*cells, row["bytes"]])), "|", flush=True)
-        rows.append({"kind": kind, "layer": layers[column], "config": dataclasses.asdict(config), **row})
+        rows.append({"kind": kind, "layers": pair, "config": dataclasses.asdict(config), **row})
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     command = f"python benches/identify.py --stream STREAM8 --model {Path(args.model).name} --num-test {args.num_test}"
     document = {

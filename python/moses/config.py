@@ -81,22 +81,22 @@ class MosesConfig:
         ):
             raise _wrong(self, "target_modules", "a name, a list of names, or null")
         for field, least in (("num_experts", 1), ("rank", 1), ("top_k", 1), ("candidates", 1), ("seed", 0)):
-            _check_int(self, field, least)
+            check_int(self, field, least)
         if self.router_dim is not None:
-            _check_int(self, "router_dim", 1)
+            check_int(self, "router_dim", 1)
         if self.top_k > self.num_experts:
             raise _wrong(self, "top_k", f"at most num_experts ({self.num_experts})")
         for field in ("density", "growth"):
-            _check_real(self, field, 0.0, 1.0, open_low=True)
-        _check_real(self, "warmup", 0.0, 1.0)
-        _check_real(self, "alpha", 0.0, float("inf"), open_low=True)
+            check_real(self, field, 0.0, 1.0, open_low=True)
+        check_real(self, "warmup", 0.0, 1.0)
+        check_real(self, "alpha", 0.0, float("inf"), open_low=True)
         for field, choices in (
             ("granularity", ("rank", "element")),
             ("budget", ("model", "tensor")),
             ("reuse", ("similar", "all", "none")),
             ("router", ("block", "layer")),
         ):
-            _check_choice(self, field, choices)
+            check_choice(self, field, choices)
 
     @property
     def scale(self) -> float:
@@ -157,17 +157,17 @@ class TrainConfig:
             ("eval_batch_size", 1),
             ("seed", 0),
         ):
-            _check_int(self, field, least)
+            check_int(self, field, least)
         for field in ("eval_limit", "max_new_tokens", "save_steps"):
             if getattr(self, field) is not None:
-                _check_int(self, field, 1)
-        _check_real(self, "learning_rate", 0.0, 1e3, open_low=True)
-        _check_real(self, "weight_decay", 0.0, 1e3)
-        _check_real(self, "warmup_ratio", 0.0, 1.0)
-        _check_real(self, "max_grad_norm", 0.0, 1e9, open_low=True)
-        _check_choice(self, "precision", ("float32", "bfloat16", "float16"))
-        _check_choice(self, "eval_rows", ("all", "final"))
-        _check_choice(self, "template", ("auto", "chat", "plain"))
+                check_int(self, field, 1)
+        check_real(self, "learning_rate", 0.0, 1e3, open_low=True)
+        check_real(self, "weight_decay", 0.0, 1e3)
+        check_real(self, "warmup_ratio", 0.0, 1.0)
+        check_real(self, "max_grad_norm", 0.0, 1e9, open_low=True)
+        check_choice(self, "precision", ("float32", "bfloat16", "float16"))
+        check_choice(self, "eval_rows", ("all", "final"))
+        check_choice(self, "template", ("auto", "chat", "plain"))
         if not self.eval_modes or any(mode not in ("til", "tail") for mode in self.eval_modes):
             raise _wrong(self, "eval_modes", 'a list of "til" and "tail"')
 
@@ -191,13 +191,13 @@ def _wrong(config: object, field: str, allowed: str) -> ConfigError:
     return ConfigError(f"{type(config).__name__}.{field} is {value!r}; it must be {allowed}", code="bad_setting")
 
 
-def _check_int(config: object, field: str, least: int) -> None:
+def check_int(config: object, field: str, least: int) -> None:
     value = getattr(config, field)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise _wrong(config, field, f"a whole number of at least {least}")
 
 
-def _check_real(config: object, field: str, low: float, high: float, open_low: bool = False) -> None:
+def check_real(config: object, field: str, low: float, high: float, open_low: bool = False) -> None:
     value = getattr(config, field)
     good = (
         isinstance(value, (int, float))
@@ -209,6 +209,6 @@ def _check_real(config: object, field: str, low: float, high: float, open_low: b
         raise _wrong(config, field, f"a number {'above' if open_low else 'from'} {low:g} to {high:g}")
 
 
-def _check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
+def check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
     if getattr(config, field) not in choices:
         raise _wrong(config, field, f"one of {', '.join(choices)}")

@@ -14,7 +14,7 @@ from moses.stream.identify import IdentifierConfig, TaskIdentifier, prompt_views
 from moses.stream.identify.lift import RandomFeatures
 
 DIM = 6
-CONFIG = IdentifierConfig(num_features=16, ridge=0.05)
+CONFIG = IdentifierConfig(num_features=16, ridge=1.0)
 
 
 @st.composite
@@ -28,7 +28,8 @@ def streams(draw, min_tasks: int = 1):
         rows = draw(st.integers(1, 40))
         scale = draw(st.sampled_from([1e-3, 1.0, 1e3]))
         tasks[task_id] = scale * (
-            random.standard_normal(DIM) + draw(st.sampled_from([0.0, 0.5, 2.0])) * random.standard_normal((rows, DIM))
+            random.standard_normal((2, DIM))
+            + draw(st.sampled_from([0.0, 0.5, 2.0])) * random.standard_normal((rows, 2, DIM))
         )
     return tasks
 
@@ -41,7 +42,7 @@ def build(tasks, order=None, config=CONFIG):
 
 
 def queries(tasks):
-    return np.concatenate([*tasks.values(), np.random.default_rng(0).standard_normal((8, DIM))])
+    return np.concatenate([*tasks.values(), np.random.default_rng(0).standard_normal((8, 2, DIM))])
 
 
 def same(one, other):
@@ -50,10 +51,15 @@ def same(one, other):
         assert np.array_equal(getattr(one, field), getattr(other, field)), field
 
 
+def share(tasks):
+    """The ridge of the mean over tasks."""
+    return np.mean([max(CONFIG.ridge / len(features), 1e-3) for features in tasks.values()])
+
+
 def joint_scores(tasks, x, ridge):
     """One least-squares problem over all rows of all tasks, each task with the same weight, the ridge as rows of its
     own."""
-    lift = RandomFeatures(DIM, CONFIG.num_features, CONFIG.seed)
+    lift = RandomFeatures(2, DIM, CONFIG.num_features, CONFIG.seed)
     rows, targets = [], []
     for column, task_id in enumerate(sorted(tasks)):
         weight = 1 / np.sqrt(len(tasks) * len(tasks[task_id]))
@@ -74,18 +80,20 @@ def scores_of(identifier, x):
 @settings(deadline=None, max_examples=60)
 def test_the_incremental_solution_is_the_joint_one(tasks):
     x = queries(tasks)
-    joint = joint_scores(tasks, x, CONFIG.ridge)
+    joint = joint_scores(tasks, x, share(tasks))
     centred = joint - joint.mean(axis=1, keepdims=True)
-    assert np.allclose(scores_of(build(tasks), x), centred, atol=1e-5)
+    assert np.allclose(scores_of(build(tasks), x), centred, atol=1e-3)  # correlations are kept in 16 bits
 
 
 def test_a_ridge_added_at_every_step_would_be_seen():
     # the mistake: (Σ (G_t + λI))⁻¹, whose answer depends on how many steps there were
     random = np.random.default_rng(0)
-    tasks = {task_id: random.standard_normal(DIM) + 0.5 * random.standard_normal((20, DIM)) for task_id in range(5)}
+    tasks = {
+        task_id: random.standard_normal((2, DIM)) + 0.5 * random.standard_normal((20, 2, DIM)) for task_id in range(5)
+    }
     x = queries(tasks)
-    wrong = joint_scores(tasks, x, CONFIG.ridge * len(tasks))
-    assert not np.allclose(scores_of(build(tasks), x), wrong - wrong.mean(axis=1, keepdims=True), atol=1e-3)
+    wrong = joint_scores(tasks, x, share(tasks) * len(tasks))
+    assert not np.allclose(scores_of(build(tasks), x), wrong - wrong.mean(axis=1, keepdims=True), atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["ridge", "cosine"])

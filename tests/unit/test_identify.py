@@ -23,17 +23,17 @@ from moses.stream.identify.config import MAX_FEATURES, MAX_TASK_BYTES
 from moses.stream.identify.lift import RandomFeatures
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gpt2", "phi", "bert", "t5")
-SMALL = IdentifierConfig(num_features=24, ridge=0.03)
+SMALL = IdentifierConfig(num_features=24, ridge=1.0)
 
 
 def clusters(num_tasks: int, rows: int = 40, dim: int = 12, seed: int = 0, spread: float = 0.3) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    centres = random.standard_normal((num_tasks, dim))
-    return [centre + spread * random.standard_normal((rows, dim)) for centre in centres]
+    centres = random.standard_normal((num_tasks, 2, dim))
+    return [centre + spread * random.standard_normal((rows, 2, dim)) for centre in centres]
 
 
 def fitted(tasks: list[np.ndarray], config: IdentifierConfig = SMALL) -> TaskIdentifier:
-    identifier = TaskIdentifier(config, tasks[0].shape[1])
+    identifier = TaskIdentifier(config, tasks[0].shape[-1])
     for task_id, features in enumerate(tasks):
         identifier.add_task(task_id, features)
     return identifier
@@ -51,7 +51,7 @@ def fitted(tasks: list[np.ndarray], config: IdentifierConfig = SMALL) -> TaskIde
         {"num_features": 8.0},
         {"layer": -1},
         {"layer": True},
-        {"ridge": 0.0},
+        {"ridge": -0.1},
         {"ridge": float("nan")},
         {"threshold": -1.0},
         {"seed": 2**32},
@@ -64,7 +64,7 @@ def test_a_setting_out_of_range_is_named(setting):
 
 
 def test_the_largest_state_fits_its_half_megabyte():
-    features = np.random.default_rng(0).standard_normal((3, 5))
+    features = np.random.default_rng(0).standard_normal((3, 2, 5))
     identifier = TaskIdentifier(IdentifierConfig(num_features=MAX_FEATURES), 5)
     identifier.add_task(0, features)
     assert identifier.nbytes(0) <= MAX_TASK_BYTES == 500_000
@@ -127,13 +127,12 @@ def test_features_are_the_base_models_mean_activations(tiny_model, family):
     model = tiny_model(family)
     ids, mask = ragged("right")
     features = prompt_features(model, ids, mask)
-    assert features.shape == (3, 32)
+    assert features.shape == (3, 2, 32)
     assert features.dtype == torch.float32
-    torch.testing.assert_close(features, reference(model, ids, mask, 1), rtol=1e-4, atol=1e-5)
-    several = layer_features(model, ids, mask, [1, 0])
-    assert torch.equal(several[:, 0], features)
-    torch.testing.assert_close(several[:, 1], reference(model, ids, mask, 0), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(several[:, 0], several[:, 1], atol=1e-3)
+    for vector in (0, 1):  # the embeddings, and one of two blocks
+        torch.testing.assert_close(features[:, vector], reference(model, ids, mask, vector), rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer_features(model, ids, mask, [1, 0]), features.flip(1))
+    assert not torch.allclose(features[:, 0], features[:, 1], atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,22 +238,27 @@ def test_what_features_cannot_be_taken_of_is_named(tiny_model):
 
 
 def test_random_features_come_from_the_seed_alone():
-    x = np.random.default_rng(0).standard_normal((4, 6))
-    assert np.array_equal(RandomFeatures(6, 10, 1)(x), RandomFeatures(6, 10, 1)(x))
-    assert not np.allclose(RandomFeatures(6, 10, 1)(x), RandomFeatures(6, 10, 2)(x))
+    x = np.random.default_rng(0).standard_normal((4, 2, 6))
+    assert np.array_equal(RandomFeatures(2, 6, 30, 1)(x), RandomFeatures(2, 6, 30, 1)(x))
+    assert not np.allclose(RandomFeatures(2, 6, 30, 1)(x), RandomFeatures(2, 6, 30, 2)(x))
     # golden: stored statistics are worth nothing if the map ever changes
     golden = [[0.906041, -0.194431], [0.017590, 0.904743], [-0.422825, -0.378995]]
-    assert np.allclose(RandomFeatures(3, 3, 7).projection, golden, atol=1e-6)
-    assert (RandomFeatures(6, 10, 1)(np.zeros((1, 6))) == [0] * 9 + [1]).all()
-    assert np.allclose(RandomFeatures(6, 10, 1)(x * 1e6), RandomFeatures(6, 10, 1)(x))
+    assert np.allclose(RandomFeatures(1, 3, 3, 7).linear, golden, atol=1e-6)
+    assert (RandomFeatures(2, 6, 30, 1)(np.zeros((1, 2, 6))) == [0] * 29 + [1]).all()
+    # one vector may be far larger than the other
+    scaled = x * np.array([1e6, 1.0])[:, None]
+    assert np.allclose(RandomFeatures(2, 6, 30, 1)(scaled), RandomFeatures(2, 6, 30, 1)(x))
 
 
-@pytest.mark.parametrize(("dim", "number"), [(20, 9), (9, 20)])
-def test_the_projection_is_orthogonal(dim, number):
-    projection = RandomFeatures(dim, number + 1, 0).projection
-    assert projection.shape == (dim, number)
-    gram = projection.T @ projection if dim >= number else projection @ projection.T
-    assert np.allclose(gram, np.eye(min(dim, number)))
+@pytest.mark.parametrize(("number", "num_linear"), [(9, 8), (13, 12), (20, 12)])
+def test_what_room_is_left_by_the_projection_is_filled(number, num_linear):
+    lift = RandomFeatures(2, 6, number, 0)
+    assert lift.linear.shape == (12, num_linear)
+    assert np.allclose(lift.linear.T @ lift.linear, np.eye(num_linear))
+    features = lift(np.random.default_rng(0).standard_normal((50, 2, 6)))
+    assert features.shape == (50, number)
+    assert (features[:, num_linear:] >= 0).all()
+    assert np.linalg.matrix_rank(features) == number
 
 
 # identification
@@ -317,8 +321,8 @@ def test_the_threshold_decides_what_is_unknown():
 def test_novelty_of_own_prompts_is_judged_without_them():
     # the mistake: calibrating on prompts that are in the Gram calls every fresh prompt of the task novel
     random = np.random.default_rng(5)
-    features = random.standard_normal((260, 12))
-    identifier = TaskIdentifier(IdentifierConfig(num_features=24, ridge=1e-3), 12)
+    features = random.standard_normal((260, 2, 12))
+    identifier = TaskIdentifier(SMALL, 12)
     identifier.add_task(0, features[:60])
     fresh = identifier.predict(features[60:]).novelty
     assert abs(fresh.mean()) < 0.25
@@ -328,12 +332,12 @@ def test_novelty_of_own_prompts_is_judged_without_them():
 @pytest.mark.parametrize("kind", ["ridge", "cosine"])
 def test_a_prompts_other_views_are_left_out_with_it(kind):
     random = np.random.default_rng(6)
-    features = random.standard_normal((150, 12)) + 2
-    config = IdentifierConfig(kind=kind, num_features=24, ridge=1e-3)
+    features = random.standard_normal((30, 2, 12)) + 2
+    config = IdentifierConfig(kind=kind, num_features=24, ridge=0.0)
     plain, doubled, careless = (TaskIdentifier(config, 12) for _ in range(3))
-    plain.add_task(0, features[:30])
-    doubled.add_task(0, np.concatenate([features[:30]] * 2), [*range(30)] * 2)
-    careless.add_task(0, np.concatenate([features[:30]] * 2))
+    plain.add_task(0, features)
+    doubled.add_task(0, np.concatenate([features] * 2), [*range(30)] * 2)
+    careless.add_task(0, np.concatenate([features] * 2))
     usual = [identifier.task_state(0)["usual"] for identifier in (plain, doubled, careless)]
     assert np.allclose(usual[0], usual[1], rtol=0.02)
     assert abs(usual[2][0] - usual[0][0]) > (0.1 if kind == "ridge" else 0.01)
@@ -342,9 +346,9 @@ def test_a_prompts_other_views_are_left_out_with_it(kind):
 def test_one_prompt_is_enough_for_a_task():
     for kind in ("ridge", "cosine"):
         identifier = TaskIdentifier(dataclasses.replace(SMALL, kind=kind), 3)
-        identifier.add_task(0, [[1.0, 0.0, 0.0]])
-        identifier.add_task(1, [[0.0, 0.0, 0.0]])
-        answer = identifier.predict([[1.0, 0.0, 0.0]])
+        identifier.add_task(0, [[[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]])
+        identifier.add_task(1, np.zeros((1, 2, 3)))
+        answer = identifier.predict([[[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]])
         assert answer.task_ids.tolist() == [0]
         assert not answer.unknown.any()
 
@@ -355,32 +359,35 @@ def test_one_prompt_is_enough_for_a_task():
 def test_misuse_is_a_typed_error():
     identifier = TaskIdentifier(SMALL, 3)
     with pytest.raises(RegistryError, match="knows no task"):
-        identifier.predict(np.zeros((1, 3)))
-    identifier.add_task(1, np.eye(3))
+        identifier.predict(np.zeros((1, 2, 3)))
+    identifier.add_task(1, np.ones((3, 2, 3)))
     with pytest.raises(RegistryError, match="already"):
-        identifier.add_task(1, np.eye(3))
+        identifier.add_task(1, np.ones((3, 2, 3)))
+    with pytest.raises(RegistryError, match="already"):
+        identifier.load_task_state(1, identifier.task_state(1))
     with pytest.raises(RegistryError, match="does not know task 2: it knows 1"):
         identifier.remove_task(2)
-    with pytest.raises(ConfigError, match=r"give \(prompts, 3\)"):
-        identifier.predict(np.zeros((1, 4)))
+    for shape in ((1, 3), (1, 2, 4), (1, 3, 3), (2, 3)):
+        with pytest.raises(ConfigError, match=r"give \(prompts, 2, 3\)"):
+            identifier.predict(np.zeros(shape))
     with pytest.raises(ConfigError, match="at least one prompt"):
-        identifier.add_task(2, np.zeros((0, 3)))
+        identifier.add_task(2, np.zeros((0, 2, 3)))
     with pytest.raises(ConfigError, match="prompt_ids"):
-        identifier.add_task(2, np.eye(3), [0, 1])
+        identifier.add_task(2, np.ones((3, 2, 3)), [0, 1])
     with pytest.raises(ConfigError, match="task id"):
-        identifier.add_task(-1, np.eye(3))
+        identifier.add_task(-1, np.ones((3, 2, 3)))
     with pytest.raises(ConfigError, match="feature_dim"):
         TaskIdentifier(SMALL, 0)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ModelError, match="row 1 are not finite"):
-            identifier.predict([[0.0, 0.0, 0.0], [0.0, bad, 0.0]])
+            identifier.predict([[[0.0] * 3, [0.0] * 3], [[0.0, bad, 0.0], [0.0] * 3]])
         with pytest.raises(ModelError, match="not finite"):
-            identifier.add_task(2, torch.tensor([[0.0, bad, 0.0]]))
+            identifier.add_task(2, torch.full((1, 2, 3), bad))
     assert identifier.task_ids == (1,)
 
 
 def test_torch_features_of_any_dtype_are_taken():
-    x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((5, 2, 3)).astype(np.float32)
     states = []
     for features in (x, torch.tensor(x), torch.tensor(x).requires_grad_()):
         identifier = TaskIdentifier(SMALL, 3)
@@ -395,14 +402,15 @@ def test_a_state_is_the_same_after_it_was_stored(kind, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     config = dataclasses.replace(SMALL, kind=kind)
-    width = 1 if kind == "prompt_loss" else 12
-    tasks = [np.abs(task[:, :width]) for task in clusters(3, seed=4)]
+    tasks = clusters(3, seed=4)
+    if kind == "prompt_loss":
+        tasks = [np.abs(task[:, 0, :1]) for task in tasks]
     identifier = fitted(tasks, config)
-    loaded = TaskIdentifier(config, width)
+    loaded = TaskIdentifier(config, tasks[0].shape[-1])
     for task_id in (2, 0, 1):
         save_file(identifier.task_state(task_id), tmp_path / f"{task_id}.safetensors")
         loaded.load_task_state(task_id, load_file(tmp_path / f"{task_id}.safetensors"))
-    queries = np.concatenate([task if width > 1 else np.tile(task, (1, 3)) for task in tasks])
+    queries = np.concatenate([np.tile(task, (1, 3)) if kind == "prompt_loss" else task for task in tasks])
     before, after = identifier.predict(queries), loaded.predict(queries)
     assert np.array_equal(before.probabilities, after.probabilities)
     assert np.array_equal(before.novelty, after.novelty)
@@ -410,23 +418,29 @@ def test_a_state_is_the_same_after_it_was_stored(kind, tmp_path):
 
 def test_a_state_given_out_cannot_change_the_identifier():
     identifier = fitted(clusters(2))
-    before = identifier.predict(np.ones((1, 12))).probabilities
-    identifier.task_state(0)["sum"][:] = 0
-    assert np.array_equal(identifier.predict(np.ones((1, 12))).probabilities, before)
+    identifier.task_state(0)["mean"][:] = 0
+    identifier.task_state(0)["count"][:] = 0
+    answer = identifier.predict(np.ones((1, 2, 12)))
+    assert np.array_equal(answer.probabilities, fitted(clusters(2)).predict(np.ones((1, 2, 12))).probabilities)
+    given = identifier.task_state(1)
+    other = TaskIdentifier(SMALL, 12)
+    other.load_task_state(1, given)
+    given["mean"][:] = 0
+    assert other.task_state(1)["mean"].any()
 
 
 def damage(name):
     def change(state):
         if name == "missing":
-            del state["gram"]
+            del state["correlation"]
         elif name == "extra":
             state["more"] = np.zeros(1)
         elif name == "shape":
-            state["gram"] = state["gram"][:-1]
+            state["correlation"] = state["correlation"][:-1]
         elif name == "dtype":
-            state["sum"] = state["sum"].astype(np.float32)
+            state["spread"] = state["spread"].astype(np.float32)
         elif name == "nan":
-            state["sum"][3] = np.nan
+            state["mean"][3] = np.nan
         elif name == "count":
             state["count"][0] = 0
         elif name == "spread":
@@ -434,9 +448,9 @@ def damage(name):
         elif name == "huge spread":
             state["usual"][1] = 1e300
         elif name == "huge":
-            state["sum"][3] = 1e300
+            state["mean"][3] = 1e300
         elif name == "negative":
-            state["gram"] = -state["gram"]
+            state["correlation"][:] = -32767
         return state
 
     return change

@@ -297,6 +297,26 @@ def test_hashes() -> None:
     assert blake3_hex(big) == blake3_hex(big.tobytes())
 
 
+def test_a_forked_process_hashes_without_the_threads_of_its_parent() -> None:
+    code = (
+        "import os\nfrom moses._core import blake3_hex\ndata = bytes(4_000_000)\nwanted = blake3_hex(data)\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if blake3_hex(data) == wanted else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_machine_that_refuses_threads_hashes_without() -> None:
+    code = (
+        "import resource\nfrom pathlib import Path\nfrom moses._core import blake3_hex\ndata = bytes(4_000_000)\n"
+        "size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))\nprint(blake3_hex(data))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == blake3_hex(bytes(4_000_000))
+
+
 def test_a_fingerprint_counts_names_lengths_and_bytes_but_not_order() -> None:
     one, two = ("a", np.zeros(4, np.uint8)), ("b", np.ones(2, np.float32))
     fingerprint = hash_buffers([one, two])

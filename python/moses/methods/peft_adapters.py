@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..config import _check_choice, _check_int, _check_real
+from ..config import check_choice, check_int, check_real
 from ..context import Group, TaskContext
 from ..heads import TaskHead, install_head
 from ..seeds import stable_seed
@@ -40,11 +40,11 @@ class PeftMethodConfig:
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, list):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        _check_choice(self, "adapter", ("lora", "vera", "ia3"))
-        _check_int(self, "rank", 1)
-        _check_int(self, "seed", 0)
+        check_choice(self, "adapter", ("lora", "vera", "ia3"))
+        check_int(self, "rank", 1)
+        check_int(self, "seed", 0)
         if self.alpha is not None:
-            _check_real(self, "alpha", 0.0, 1e9, open_low=True)
+            check_real(self, "alpha", 0.0, 1e9, open_low=True)
 
     def peft(self, paths: list[str]) -> Any:
         """PEFT's own config for these linear maps."""

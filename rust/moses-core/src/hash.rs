@@ -1,14 +1,30 @@
 //! BLAKE3 of bytes and of named buffers. The result does not depend on the number of threads.
 
+use std::sync::OnceLock;
+
 use crate::{Error, Result};
 
 /// Below this, threads cost more than they save.
 const PARALLEL_BYTES: usize = 1 << 20;
+/// More threads than this wait for memory.
+const MAX_THREADS: usize = 8;
+
+/// Whether the threads of rayon are there. They are not where the machine refuses them, nor in a process that was
+/// forked after they were made (a worker of a data loader), where waiting for them would never end.
+fn threads() -> bool {
+    static MADE_IN: OnceLock<Option<u32>> = OnceLock::new();
+    let made_in = MADE_IN.get_or_init(|| {
+        let count = std::thread::available_parallelism().map_or(1, |count| count.get().min(MAX_THREADS));
+        let made = rayon::ThreadPoolBuilder::new().num_threads(count).build_global();
+        made.is_ok().then(std::process::id)
+    });
+    *made_in == Some(std::process::id())
+}
 
 /// The hash of `bytes`.
 #[must_use]
 pub fn hash(bytes: &[u8]) -> blake3::Hash {
-    if bytes.len() < PARALLEL_BYTES {
+    if bytes.len() < PARALLEL_BYTES || !threads() {
         return blake3::hash(bytes);
     }
     blake3::Hasher::new().update_rayon(bytes).finalize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ HOSTILE = (
     "<script>alert(1)</script>",
     "a\" onload='x' &amp; b",
     "$\\frac{1}{0$ \x1b[31m\nnew line\u202e",
+    "$\\frac{$",
     "漢字 and ünïcode " + "long " * 50,
 )
 VOID = {"meta", "img", "br"}
@@ -161,12 +163,18 @@ def test_many_tasks_are_drawn_without_numbers(tmp_path, runs):
     assert Page(build_page(results, "many", pictures)).open == []
 
 
-def test_a_hatched_cell_is_not_a_cell_of_zero(tmp_path, runs):
-    drawn = []
+def test_a_cell_without_a_score_is_not_coloured(tmp_path, runs):
+    from matplotlib import colormaps
+    from matplotlib.image import imread
+
+    zero = [round(255 * part) for part in colormaps["YlGnBu"](0.0)[:3]]
+    shares = []
     for score in (None, 0.0):
-        document = minimal(runs, base=[score])
-        drawn.append(draw_pictures(read_results(write(tmp_path / "run", document)))["til-matrix.png"])
-    assert drawn[0] != drawn[1]
+        results = read_results(write(tmp_path / "run", minimal(runs, base=[score])))
+        picture = imread(io.BytesIO(draw_pictures(results)["til-matrix.png"]))
+        shares.append(float(((255 * picture[..., :3]).round() == zero).all(-1).mean()))
+    assert shares[0] == 0.0
+    assert shares[1] > 0.05
 
 
 # -- results.json is not trusted ---------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ Kind = Literal["ridge", "cosine", "prompt_loss"]
 MAX_TASK_BYTES = 500_000
 """The most that one task may keep on disk, everything that its removal needs included."""
 
-# a Gram triangle of 4 bytes an entry and a sum of 8 bytes a feature are 496,992 bytes; the rest is for headers
-MAX_FEATURES = 496
-MIN_RIDGE = 1e-6  # Gram triangles are kept in float32: below this their rounding could make the sum indefinite
+NUM_VECTORS = 2
+"""A prompt's features are this many vectors: the mean of its embeddings, and that of a layer's activations."""
+
+# 2 bytes for each pair of features and 16 for each feature are 494,856 bytes; the rest is for headers
+MAX_FEATURES = 696
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,10 @@ class IdentifierConfig:
     """
 
     kind: Kind = "ridge"
-    num_features: int = 480
+    num_features: int = 690
     layer: int | None = None
-    ridge: float = 0.03
-    threshold: float = 4.0
+    ridge: float = 4.0
+    threshold: float = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class IdentifierConfig:
         self._check_integer("seed", self.seed, 0, 2**32 - 1)
         if self.layer is not None:
             self._check_integer("layer", self.layer, 0, 2**31 - 1)
-        self._check_number("ridge", self.ridge, MIN_RIDGE, 1e6)
+        self._check_number("ridge", self.ridge, 0.0, 1e6)
         self._check_number("threshold", self.threshold, 0.0, math.inf)
 
     @staticmethod

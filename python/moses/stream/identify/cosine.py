@@ -1,7 +1,7 @@
 """Mean keys by cosine: a task's key is the mean direction of its prompts' features (the keys of L2P, Wang et al. 2022,
 set and not learned).
 
-Cheaper than the ridge (a key a task) and weaker: 89% against 94% of stream8's eval prompts without their template.
+It reads the last vector of a prompt's features, the layer's. Cheaper than the ridge (a key a task) and weaker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Cosine:
 
     sharpness = 40.0  # the lowest log loss of 5 ... 80 on stream8's eval parts, middle layer
 
-    def __init__(self, config: IdentifierConfig, feature_dim: int) -> None:
+    def __init__(self, config: IdentifierConfig, num_vectors: int, feature_dim: int) -> None:
         self.feature_dim = feature_dim
 
     def layout(self) -> dict[str, tuple[str, int]]:
@@ -32,9 +32,9 @@ class Cosine:
         return {"sum": ("float64", self.feature_dim)}
 
     def summarise(self, x: Matrix, groups: Sequence[NDArray[np.intp]]) -> tuple[dict[str, NDArray[Any]], Matrix]:
-        """What is kept of a task with features x (n, D), and the logarithm of each row's distance to the key without
+        """What is kept of a task with features x (n, S, D), and the logarithm of each row's distance to the key without
         its group (n,)."""
-        unit = _unit(x)
+        unit = _unit(x[:, -1])
         total = unit.sum(axis=0)
         distance = np.empty(len(unit))
         for rows in groups:
@@ -48,16 +48,20 @@ class Cosine:
 
     def scores(self, joint: Matrix, x: Matrix) -> Matrix:
         """(B, T) cosines."""
-        return _unit(x) @ joint
+        return _unit(x[:, -1]) @ joint
 
     def certainty(self, scores: Matrix, probabilities: Matrix) -> Matrix:
         """(B,) the winner's probability."""
         certainty: Matrix = probabilities.max(axis=1)
         return certainty
 
-    def deviation(self, state: State, count: int, x: Matrix, column: int) -> Matrix:
+    def prepare(self, state: State, count: int) -> Matrix:
+        """The task's key (D, 1)."""
+        return self.join([state], [count])
+
+    def deviation(self, prepared: Matrix, x: Matrix, column: int) -> Matrix:
         """Logarithm of 1 - cosine (B,)."""
-        return _log(1.0 - self.scores(self.join([state], [count]), x)[:, 0])
+        return _log(1.0 - self.scores(prepared, x)[:, 0])
 
 
 def _unit(x: Matrix) -> Matrix:

@@ -27,8 +27,8 @@ class _StopForward(Exception):  # noqa: N818
 def prompt_features(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layer: int | None = None
 ) -> torch.Tensor:
-    """(batch, D) float32 on the model's device: the mean activation of each prompt after `layer` blocks of the model's
-    trunk.
+    """(batch, 2, D) float32 on the model's device: the mean of each prompt's embeddings, which know the words, and its mean
+    activation after `layer` blocks of the model's trunk, which knows what is said with them.
 
     `layer`: 0 (the embeddings) to the number of blocks; None: half of them. An encoder-decoder is read at its encoder.
     `input_ids`, `attention_mask`: (batch, tokens) integers, padded on either side. No gradient; the model's mode is
@@ -37,13 +37,13 @@ def prompt_features(
     """
     blocks = _blocks(_trunk(model))
     layer = len(blocks) // 2 if layer is None else layer
-    return layer_features(model, input_ids, attention_mask, [layer])[:, 0]
+    return layer_features(model, input_ids, attention_mask, [0, layer])
 
 
 def layer_features(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers: Sequence[int]
 ) -> torch.Tensor:
-    """(batch, len(layers), D) float32: as `prompt_features`, for several layers in one pass."""
+    """(batch, len(layers), D) float32: as `prompt_features`, for any layers, in one pass."""
     import torch
 
     trunk = _trunk(model)
@@ -70,7 +70,7 @@ def layer_features(
 def features_of_encoded(
     model: nn.Module, encoded: Sequence[Sequence[int]], layer: int | None = None, batch_size: int = 16
 ) -> torch.Tensor:
-    """(prompts, D) float32 on the CPU, in the order of `encoded`, the token ids of each prompt; batched by length.
+    """(prompts, 2, D) float32 on the CPU, in the order of `encoded`, the token ids of each prompt; batched by length.
 
     Encode prompts here as they are encoded for answering: a chat template that only one side has is another prompt.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moses.errors import ConfigError, FormatError, ModelError, RegistryError
-from moses.stream.identify.config import MAX_TASK_BYTES, Identification, IdentifierConfig
+from moses.stream.identify.config import MAX_TASK_BYTES, NUM_VECTORS, Identification, IdentifierConfig
 from moses.stream.identify.cosine import Cosine
 from moses.stream.identify.prompt_loss import PromptLoss
 from moses.stream.identify.ridge import Ridge
@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 MIN_SPREAD = 0.05  # of log novelty: a task of identical prompts has none, and would take any other prompt for unknown
 MIN_CERTAINTY = 0.05  # scores of a regression can be negative
 MAX_COUNT = 2**53  # float64 counts exactly up to here
+MAX_PREPARED = 32  # a few MiB each
 MAX_USUAL = 1e3  # of log novelty: e**1000 is no float64
 
 
@@ -39,10 +40,11 @@ class _Kind(Protocol):
     def join(self, states: Sequence[State], counts: Sequence[int]) -> Matrix: ...
     def scores(self, joint: Matrix, x: Matrix) -> Matrix: ...
     def certainty(self, scores: Matrix, probabilities: Matrix) -> Matrix: ...
-    def deviation(self, state: State, count: int, x: Matrix, column: int) -> Matrix: ...
+    def prepare(self, state: State, count: int) -> Matrix: ...
+    def deviation(self, prepared: Matrix, x: Matrix, column: int) -> Matrix: ...
 
 
-_KINDS: dict[str, Callable[[IdentifierConfig, int], _Kind]] = {
+_KINDS: dict[str, Callable[[IdentifierConfig, int, int], _Kind]] = {
     "ridge": Ridge,
     "cosine": Cosine,
     "prompt_loss": PromptLoss,
@@ -52,18 +54,18 @@ _KINDS: dict[str, Callable[[IdentifierConfig, int], _Kind]] = {
 class TaskIdentifier:
     """Infers the task of a prompt from features of the frozen base model.
 
-    `feature_dim`: D, the width of what `prompt_features` gives. Raises ConfigError where a task's state would not fit
+    `feature_dim`: D, the model's width: `prompt_features` gives (n, 2, D). Raises ConfigError where a task's state would not fit
     its half megabyte.
     """
 
     def __init__(self, config: IdentifierConfig, feature_dim: int) -> None:
         if isinstance(feature_dim, bool) or not isinstance(feature_dim, int) or feature_dim < 1:
             raise ConfigError(
-                f"feature_dim is {feature_dim!r}: give the width of the features, 1 or more", code="bad_identifier"
+                f"feature_dim is {feature_dim!r}: give the model's width, 1 or more", code="bad_identifier"
             )
         self.config = config
         self.feature_dim = feature_dim
-        self._kind: _Kind = _KINDS[config.kind](config, feature_dim)
+        self._kind: _Kind = _KINDS[config.kind](config, NUM_VECTORS, feature_dim)
         size = sum(np.dtype(dtype).itemsize * length for dtype, length in self._kind.layout().values())
         if size > MAX_TASK_BYTES - 2048:  # the rest of the file: header, count, settings
             raise ConfigError(
@@ -72,6 +74,7 @@ class TaskIdentifier:
             )
         self._states: dict[int, dict[str, NDArray[Any]]] = {}
         self._joint: Matrix | None = None
+        self._prepared: dict[int, Matrix] = {}
 
     @property
     def task_ids(self) -> tuple[int, ...]:
@@ -79,7 +82,7 @@ class TaskIdentifier:
         return tuple(sorted(self._states))
 
     def add_task(self, task_id: int, features: Any, prompt_ids: Sequence[int] | None = None) -> None:
-        """Learn a task from the features of its prompts, (n, D), any float dtype, NumPy or torch; kind "prompt_loss":
+        """Learn a task from the features of its prompts, (n, 2, D), any float dtype, NumPy or torch; kind "prompt_loss":
         losses, (n, 1).
 
         `prompt_ids` (n,) names the prompt of each row, where prompts have several views (see `prompt_views`); None:
@@ -91,7 +94,7 @@ class TaskIdentifier:
             raise RegistryError(
                 f"task {task_id} is in the identifier already: remove_task it first", code="duplicate_task"
             )
-        x = self._matrix(features, 1 if self.config.kind == "prompt_loss" else self.feature_dim)
+        x = self._checked(features, 1)
         if not len(x):
             raise ConfigError(f"task {task_id}: no features: give at least one prompt", code="bad_features")
         kept, deviations = self._kind.summarise(x, _groups(len(x), prompt_ids))
@@ -104,10 +107,11 @@ class TaskIdentifier:
         unknown one."""
         self._known(task_id)
         del self._states[task_id]
+        self._prepared.pop(task_id, None)
         self._joint = None
 
     def predict(self, features: Any) -> Identification:
-        """Infer the task of each of B prompts from features (B, D); kind "prompt_loss": losses (B, T), columns in
+        """Infer the task of each of B prompts from features (B, 2, D); kind "prompt_loss": losses (B, T), columns in
         ascending order of ids.
 
         Each row is judged alone. Raises RegistryError while no task is known, ConfigError for a wrong shape, ModelError
@@ -116,7 +120,7 @@ class TaskIdentifier:
         tasks = self.task_ids
         if not tasks:
             raise RegistryError("the identifier knows no task: add_task one first", code="no_tasks")
-        x = self._matrix(features, len(tasks) if self.config.kind == "prompt_loss" else self.feature_dim)
+        x = self._checked(features, len(tasks))
         if self._joint is None:
             self._joint = self._kind.join([self._states[task] for task in tasks], [self._count(task) for task in tasks])
         scores = self._kind.scores(self._joint, x)
@@ -127,7 +131,7 @@ class TaskIdentifier:
         for column in np.unique(best):
             rows, task = best == column, tasks[column]
             mean, spread = self._states[task]["usual"]
-            deviation = self._kind.deviation(self._states[task], self._count(task), x[rows], int(column))
+            deviation = self._kind.deviation(self._prepare(task), x[rows], int(column))
             outside[rows] = (deviation - mean) / spread
         novelty = outside / np.clip(self._kind.certainty(scores, probabilities), MIN_CERTAINTY, 1.0)
         ids = np.asarray(tasks, np.int64)[best]
@@ -194,30 +198,39 @@ class TaskIdentifier:
         count, (mean, spread) = int(arrays["count"][0]), arrays["usual"].tolist()
         if not 1 <= count <= MAX_COUNT or abs(mean) > MAX_USUAL or not MIN_SPREAD <= spread <= MAX_USUAL:
             raise _damaged(task_id, "count or usual is out of range")
-        largest = count * (self.feature_dim + 1)  # a row of features, or its outer product, has no larger entry
+        largest = count * (NUM_VECTORS * self.feature_dim + 1)  # no feature is larger than √(2D), nor a sum of cosine's
         for name in self._kind.layout():
-            if np.abs(arrays[name]).max() > largest:
+            if arrays[name].dtype == np.float64 and np.abs(arrays[name]).max() > largest:
                 raise _damaged(task_id, f"{name} is larger than {count} prompts can make it")
-        try:  # a Gram matrix that no prompts could have given is found here, not at the first prompt
-            self._kind.join([arrays], [count])
-            probe = np.ones((1, 1 if self.config.kind == "prompt_loss" else self.feature_dim))
-            self._kind.deviation(arrays, count, probe, 0)
+        try:  # a matrix that no prompts could have given is found here, not at the first prompt
+            self._kind.prepare(arrays, count)
         except np.linalg.LinAlgError:
-            raise _damaged(task_id, "gram is not positive") from None
+            raise _damaged(task_id, "correlation is not positive") from None
 
     @staticmethod
     def _check_id(task_id: int) -> None:
         if isinstance(task_id, bool) or not isinstance(task_id, int) or not 0 <= task_id < 2**32:
             raise ConfigError(f"task id {task_id!r}: give an integer from 0 to 2**32 - 1", code="bad_task_id")
 
-    @staticmethod
-    def _matrix(features: Any, width: int) -> Matrix:
+    def _prepare(self, task_id: int) -> Matrix:
+        """What the kind prepares of a task to judge novelty, kept for the tasks that were asked for last."""
+        prepared = self._prepared.pop(task_id, None)
+        if prepared is None:
+            prepared = self._kind.prepare(self._states[task_id], self._count(task_id))
+        self._prepared[task_id] = prepared
+        if len(self._prepared) > MAX_PREPARED:
+            del self._prepared[next(iter(self._prepared))]
+        return prepared
+
+    def _checked(self, features: Any, num_losses: int) -> Matrix:
+        shape = (num_losses,) if self.config.kind == "prompt_loss" else (NUM_VECTORS, self.feature_dim)
         if hasattr(features, "detach"):  # a torch tensor, of whatever dtype and device; bfloat16 has no NumPy dtype
             features = features.detach().cpu().double().numpy()
         x = np.asarray(features, dtype=np.float64)
-        if x.ndim != 2 or x.shape[1] != width:
-            raise ConfigError(f"features have the shape {x.shape}: give (prompts, {width})", code="bad_features")
-        bad = ~np.isfinite(x).all(axis=1)
+        if x.shape[1:] != shape or x.ndim != len(shape) + 1:
+            wanted = ", ".join(map(str, ("prompts", *shape)))
+            raise ConfigError(f"features have the shape {x.shape}: give ({wanted})", code="bad_features")
+        bad = ~np.isfinite(x.reshape(len(x), -1)).all(axis=1) if x.size else np.zeros(len(x), bool)
         if bad.any():
             raise ModelError(
                 f"features of row {int(bad.argmax())} are not finite: the model gave NaN or infinity",

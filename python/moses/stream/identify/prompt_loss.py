@@ -26,7 +26,7 @@ class PromptLoss:
 
     sharpness = 10.0  # a tenth of a nat a token, times e
 
-    def __init__(self, config: IdentifierConfig, feature_dim: int) -> None:
+    def __init__(self, config: IdentifierConfig, num_vectors: int, feature_dim: int) -> None:
         pass
 
     def layout(self) -> dict[str, tuple[str, int]]:
@@ -50,6 +50,10 @@ class PromptLoss:
         certainty: Matrix = probabilities.max(axis=1)
         return certainty
 
-    def deviation(self, state: State, count: int, x: Matrix, column: int) -> Matrix:
+    def prepare(self, state: State, count: int) -> Matrix:
+        """Nothing is prepared."""
+        return np.empty((0, 0))
+
+    def deviation(self, prepared: Matrix, x: Matrix, column: int) -> Matrix:
         """Logarithm of each row's loss under the task in `column` (B,)."""
         return np.log(np.maximum(x[:, column], _TINY))

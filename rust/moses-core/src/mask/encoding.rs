@@ -384,11 +384,11 @@ mod tests {
         let decode =
             |budget: &mut Budget, bytes: &[u8], length| Mask::decode(&mut Reader::new("mask", bytes), length, budget);
         // The same one is shared, however often it comes.
-        for _ in 0..100_000 {
+        for _ in 0..1000 {
             assert_eq!(decode(&mut budget, &[FULL], MAX_UNITS).unwrap().count(), MAX_UNITS);
         }
         // Others are not: each of these has a length of its own.
-        let result = (0..100_000).try_for_each(|less| decode(&mut budget, &[FULL], MAX_UNITS - less).map(|_| ()));
+        let result = (0..1000).try_for_each(|less| decode(&mut budget, &[FULL], MAX_UNITS - less).map(|_| ()));
         assert_eq!(result.unwrap_err().code(), "format_oversized");
     }
 
