@@ -10,7 +10,6 @@ the two phases of a task. Prints a table and writes benches/results/step.json.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -31,8 +30,13 @@ def base_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=6,
-            max_position_embeddings=256, tie_word_embeddings=True,
+            vocab_size=8192,
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
         )
     )
 
@@ -93,8 +97,19 @@ def main() -> None:
     rows = []
     for name, values in times.items():
         ratios = [mine / other for mine, other in zip(values, reference, strict=True)]
-        rows.append({"what": name, "ms": statistics.median(values), "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)})
-    many = [mine / other for mine, other in zip(times["MoSEs, after cut, 100 tasks ended"], times["MoSEs, after cut"], strict=True)]
+        rows.append(
+            {
+                "what": name,
+                "ms": statistics.median(values),
+                "ratio": statistics.median(ratios),
+                "low": min(ratios),
+                "high": max(ratios),
+            }
+        )
+    many = [
+        mine / other
+        for mine, other in zip(times["MoSEs, after cut, 100 tasks ended"], times["MoSEs, after cut"], strict=True)
+    ]
     model = attached(100)
     switches = []
     for index in range(200):
@@ -104,10 +119,16 @@ def main() -> None:
     print("| what | ms | ratio to LoRA | range |\n| --- | --- | --- | --- |")
     for row in rows:
         print(f"| {row['what']} | {row['ms']:.0f} | {row['ratio']:.3f} | {row['low']:.3f} to {row['high']:.3f} |")
-    print(f"100 ended tasks: {statistics.median(many):.3f} times; switching a task: {statistics.median(switches):.4f} ms, at most {max(switches):.4f} ms")
+    print(f"100 ended tasks: {statistics.median(many):.3f} times the step of none")
+    print(f"switching a task: {statistics.median(switches):.4f} ms, at most {max(switches):.4f} ms")
     result = {
-        "steps": rows, "hundred_tasks_ratio": statistics.median(many), "switch_ms": statistics.median(switches), "switch_ms_max": max(switches),
-        "threads": arguments.threads, "rounds": arguments.rounds, "torch": torch.__version__,
+        "steps": rows,
+        "hundred_tasks_ratio": statistics.median(many),
+        "switch_ms": statistics.median(switches),
+        "switch_ms_max": max(switches),
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "torch": torch.__version__,
     }
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "step.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -22,47 +22,33 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _config(family: str) -> Any:
+def _config(family: str, vocab_size: int, positions: int) -> Any:
     import transformers as hf
 
     wide = {
-        "vocab_size": 97,
+        "vocab_size": vocab_size,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "max_position_embeddings": positions,
     }
-    decoder = wide | {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return {
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    decoder = wide | ids | {"num_key_value_heads": 2}
+    makers = {
         "llama": lambda: hf.LlamaConfig(**decoder),
-        "mistral": lambda: hf.MistralConfig(**decoder),
-        "qwen2": lambda: hf.Qwen2Config(**{key: value for key, value in decoder.items() if key != "head_dim"}),
-        "qwen3": lambda: hf.Qwen3Config(**decoder),
-        "gemma": lambda: hf.GemmaConfig(**decoder),
-        "gemma2": lambda: hf.Gemma2Config(**decoder),
+        "mistral": lambda: hf.MistralConfig(**decoder, head_dim=8),
+        "qwen2": lambda: hf.Qwen2Config(**decoder),
+        "qwen3": lambda: hf.Qwen3Config(**decoder, head_dim=8),
+        "gemma": lambda: hf.GemmaConfig(**decoder, head_dim=8),
+        "gemma2": lambda: hf.Gemma2Config(**decoder, head_dim=8),
         "gpt2": lambda: hf.GPT2Config(
-            vocab_size=97,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
+            vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=positions, **ids
         ),
-        "phi": lambda: hf.PhiConfig(**{key: value for key, value in decoder.items() if key != "head_dim"}),
-        "bert": lambda: hf.BertConfig(
-            **wide, max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        ),
+        "phi": lambda: hf.PhiConfig(**decoder),
+        "bert": lambda: hf.BertConfig(**wide, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         "t5": lambda: hf.T5Config(
-            vocab_size=97,
+            vocab_size=vocab_size,
             d_model=32,
             d_kv=8,
             d_ff=48,
@@ -73,18 +59,20 @@ def _config(family: str) -> Any:
             eos_token_id=2,
             dropout_rate=0.0,
         ),
-    }[family]()
+    }
+    return makers[family]()
 
 
-def make_tiny_model(family: str, seed: int = 0) -> Any:
-    """A random model of a family: 2 blocks, width 32, vocabulary 97; in evaluation mode."""
+def make_tiny_model(family: str, seed: int = 0, vocab_size: int = 97, positions: int = 64) -> Any:
+    """A random model of a family: 2 blocks, width 32; in evaluation mode."""
     import torch
     import transformers as hf
 
     kinds = {"bert": hf.AutoModelForSequenceClassification, "t5": hf.AutoModelForSeq2SeqLM}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kinds.get(family, hf.AutoModelForCausalLM).from_config(_config(family)).eval()
+        config = _config(family, vocab_size, positions)
+        return kinds.get(family, hf.AutoModelForCausalLM).from_config(config).eval()
 
 
 @pytest.fixture
@@ -122,13 +110,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<pad>", "<s>", "</s>", "<unk>"]))
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = hf.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
         )
         hf.LlamaForCausalLM(config).save_pretrained(folder)
     return folder

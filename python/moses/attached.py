@@ -35,6 +35,11 @@ class MosesModel(nn.Module):
     moses_config: MosesConfig
     registry: _core.Registry
     identifier: Any  # TaskIdentifier | None
+    _context: TaskContext
+    _bank_modules: dict[str, SubExpertLinear]
+    _router_modules: dict[str, TaskRouter]
+    _head: TaskHead | None
+    _was_cut: bool
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
@@ -70,7 +75,7 @@ class MosesModel(nn.Module):
             reused = {space.name: self._reused(layer.id, space.name, donor) for space in layer.spaces}
             bank.open(task, fresh, reused, generator)
         for router in self._routers().values():
-            router.open(donor if config.reuse == "similar" else None)
+            router.open(task, donor if config.reuse == "similar" else None)
         if self._head is not None:
             assert num_labels is not None
             self._head.open(task, num_labels, torch.Generator().manual_seed(stable_seed(config.seed, task, "head")))
@@ -318,6 +323,10 @@ class MosesModel(nn.Module):
             router.load(task, values[place : place + size].reshape(experts, router.width))
             place += size
 
+    def set_labels(self, num_labels: int) -> None:
+        """Tell a sequence classifier how wide its logits are, for it reshapes them when it computes the loss."""
+        self.num_labels = self.config.num_labels = num_labels  # type: ignore[union-attr]
+
     def base_tensors(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers of the base model by the names they had before `attach`; not copies."""
         persistent = self.state_dict(keep_vars=True)
@@ -385,10 +394,8 @@ class MosesModel(nn.Module):
         self._set_labels()
 
     def _set_labels(self) -> None:
-        # Sequence classifiers reshape their logits by num_labels when they compute the loss.
         if self._head is not None and self._context.groups:
-            widest = max(self._head.labels[group.task] for group in self._context.groups)
-            self.num_labels = self.config.num_labels = widest  # type: ignore[union-attr]
+            self.set_labels(max(self._head.labels[group.task] for group in self._context.groups))
 
     def _open_task(self) -> int:
         if self._context.open_task is None:
@@ -400,7 +407,8 @@ class MosesModel(nn.Module):
             raise RegistryError(
                 "the model has no task identifier, so a task must be given; moses.train makes one", code="no_identifier"
             )
-        return self.identifier
+        identifier: TaskIdentifier = self.identifier
+        return identifier
 
     def _name(self, task: int) -> str:
         return next(info.name for info in self.registry.tasks() if info.id == task)
@@ -510,4 +518,6 @@ def _class_of(base: type) -> type:
 
 
 def _rebuild(base: type) -> nn.Module:
-    return _class_of(base).__new__(_class_of(base))
+    cls = _class_of(base)
+    model: nn.Module = object.__new__(cls)
+    return model

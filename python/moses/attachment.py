@@ -70,7 +70,7 @@ def attach(model: nn.Module, config: MosesConfig | None = None) -> MosesModel:
                 place, d_in, config.num_experts, config.top_k, config.router_dim, seed, context
             )
         linear = SubExpertLinear(base, bank, config.scale, context, gates[place], router)
-        model.set_submodule(path, linear.to(base.weight.device))
+        model.set_submodule(path, linear.to(next(base.parameters()).device))
         banks[path] = linear
     return mix_in(model, config, context, registry, banks, routers, head)
 
@@ -82,5 +82,5 @@ def detach(model: MosesModel) -> nn.Module:
     if model._head is not None:
         head_path, (original,) = model._head.replaced
         model.set_submodule(head_path, original)
-        model.num_labels = model.config.num_labels = original.out_features
+        model.set_labels(original.out_features)
     return take_out(model)

@@ -214,7 +214,7 @@ def read_tensors(store: _core.Store, name: str) -> dict[str, Tensor]:
 
 def model_source(model: nn.Module, source: str | None) -> ModelSource:
     """What a run says of its base model, attached or not."""
-    config = model.config
+    config: Any = model.config
     return ModelSource(
         source=source,
         kind=kind_of(config),

@@ -71,8 +71,7 @@ class MosesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        as_tuple(self, "target_modules")
         names = self.target_modules
         if (
             names is not None
@@ -147,8 +146,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.eval_modes, list):
-            object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
+        as_tuple(self, "eval_modes")
         for field, least in (
             ("epochs", 1),
             ("batch_size", 1),
@@ -183,7 +181,8 @@ def from_settings(cls: type[Config], settings: dict[str, Any]) -> Config:
 
 def to_json(config: object) -> dict[str, Any]:
     """The config as JSON values, which `from_settings` reads back to an equal config."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
+    return values
 
 
 def _wrong(config: object, field: str, allowed: str) -> ConfigError:
@@ -191,13 +190,21 @@ def _wrong(config: object, field: str, allowed: str) -> ConfigError:
     return ConfigError(f"{type(config).__name__}.{field} is {value!r}; it must be {allowed}", code="bad_setting")
 
 
+def as_tuple(config: object, field: str) -> None:
+    """Make a list, as JSON has it, the tuple that a frozen dataclass wants."""
+    if isinstance(getattr(config, field), list):
+        object.__setattr__(config, field, tuple(getattr(config, field)))
+
+
 def check_int(config: object, field: str, least: int) -> None:
+    """Raise a `ConfigError` unless the field is an int (no bool) of at least `least`."""
     value = getattr(config, field)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise _wrong(config, field, f"a whole number of at least {least}")
 
 
 def check_real(config: object, field: str, low: float, high: float, open_low: bool = False) -> None:
+    """Raise a `ConfigError` unless the field is a finite number from `low` to `high` (above `low`, where that is open)."""
     value = getattr(config, field)
     good = (
         isinstance(value, (int, float))
@@ -210,5 +217,6 @@ def check_real(config: object, field: str, low: float, high: float, open_low: bo
 
 
 def check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
+    """Raise a `ConfigError` unless the field is one of `choices`."""
     if getattr(config, field) not in choices:
         raise _wrong(config, field, f"one of {', '.join(choices)}")

@@ -20,6 +20,9 @@ _PATHS = ("classifier", "score", "classifier.out_proj", "classification_head.out
 class TaskHead(nn.Module):
     """Heads of all tasks over `dim` features: weights (labels, dim) and biases (labels,), float32."""
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, dim: int, context: TaskContext, path: str, original: nn.Linear) -> None:
         super().__init__()
         self.dim, self.context = dim, context
@@ -37,6 +40,7 @@ class TaskHead(nn.Module):
 
     def close(self, task: int) -> None:
         """Freeze the open task's head."""
+        assert self.weight is not None and self.bias is not None, "the head has no open task"
         weight, bias = self.weight.detach(), self.bias.detach()
         self.drop(task)
         self.load(task, weight, bias)
@@ -61,6 +65,7 @@ class TaskHead(nn.Module):
     def parts(self, task: int) -> tuple[Tensor, Tensor]:
         """Weight (labels, dim) and bias (labels,) of `task`, in training or not."""
         if task == self.context.open_task:
+            assert self.weight is not None and self.bias is not None, "the head has no open task"
             return self.weight, self.bias
         return getattr(self, f"weight_{task}"), getattr(self, f"bias_{task}")
 

@@ -68,7 +68,9 @@ def results_document(config: RunConfig, stream: Stream, done: RunProgress, regis
     for mode in ("til", "tail"):
         matrix = [row[mode] for row in done.rows if row[mode] is not None]
         complete = len(matrix) == len(stream.tasks)
-        metrics = transfer_metrics(matrix, done.base) if complete else dict.fromkeys(METRICS)
+        metrics = (
+            transfer_metrics(matrix, done.base or [None] * len(stream.tasks)) if complete else dict.fromkeys(METRICS)
+        )
         document[mode] = {"matrix": matrix, "metrics": metrics} if matrix else None
     confusion = done.rows[-1]["confusion"] if done.rows else None
     if document["tail"] is not None and confusion is not None:
@@ -91,7 +93,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     names = ("moses-cl", "torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -118,7 +120,7 @@ def task_bytes(files: dict[str, bytes], registry_bytes: int) -> dict[str, int]:
             sizes["identifier"] += len(data)
             continue
         payload = 0
-        for key, tensor in safetensors.deserialize(data):
+        for key, tensor in safetensors.deserialize(data):  # type: ignore[no-untyped-call]
             size = len(tensor["data"])
             payload += size
             sizes["routers" if key == "router" else "heads" if key.startswith("head.") else "weights"] += size

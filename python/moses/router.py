@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from .context import TaskContext
 from .errors import ModelError
+from .seeds import stable_seed
+
+
+TOKEN_SPREAD = 0.1  # deviation of a fresh router's weights on the token, beside 1 of its bias
 
 
 def topk_gates(logits: Tensor, top_k: int) -> Tensor:
@@ -41,32 +45,44 @@ class TaskRouter(nn.Module):
 
     Attributes:
         projection: (dim, router_dim) fixed random map from a seed, or None where routers see the input itself.
-        frozen: (slots, N, width) float32; `slots` maps a task's id to its row and to its number of experts.
+        frozen: (slots, N, width) float32; `slots` maps a task's id to its row and to its number of experts. The last column is
+            the bias, so that a task may prefer experts whatever the token.
     """
 
     projection: Tensor | None
     frozen: Tensor
+    weight: nn.Parameter | None
 
     def __init__(
-        self, name: str, dim: int, num_experts: int, top_k: int, router_dim: int | None, seed: int, context: TaskContext
+        self,
+        name: str,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        router_dim: int | None,
+        seed: int,
+        context: TaskContext,
     ) -> None:
         super().__init__()
-        self.name, self.top_k, self.context = name, top_k, context
+        self.name, self.top_k, self.context, self.seed = name, top_k, context, seed
         self.num_experts = num_experts
+        self.width = (dim if router_dim is None else router_dim) + 1
         generator = torch.Generator().manual_seed(seed)
-        self.width = dim if router_dim is None else router_dim
         projection = None if router_dim is None else torch.randn(dim, router_dim, generator=generator) * dim**-0.5
         self.register_buffer("projection", projection)
-        # The same start for every task: a later task that reuses experts finds them where the earlier one put them.
-        self.register_buffer("initial", torch.randn(num_experts, self.width, generator=generator) * 0.5)
         self.register_buffer("frozen", torch.zeros(0, num_experts, self.width))
         self.register_parameter("weight", None)
         self.slots: dict[int, tuple[int, int]] = {}
-        self.seed = seed
 
-    def open(self, like: int | None = None) -> None:
-        """Give the open task a router of its own, started from task `like`'s where there is one."""
-        start = self.initial.clone()  # type: ignore[operator]
+    def open(self, task: int, like: int | None = None) -> None:
+        """Give the open task a router of its own, started from task `like`'s where there is one.
+
+        A fresh router prefers some experts by its bias and looks at the token only a little: with a random preference a token, each
+        expert would learn from a random part of the tokens.
+        """
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, task))
+        start = torch.randn(self.num_experts, self.width, generator=generator).to(self.frozen.device)
+        start[:, :-1] *= TOKEN_SPREAD
         if like is not None:
             start[: self.slots[like][1]] = self.task_weight(like)
         self.weight = nn.Parameter(start)
@@ -74,6 +90,7 @@ class TaskRouter(nn.Module):
     def close(self, task: int | None) -> None:
         """Move the open task's router to the buffer as `task`'s; None drops it."""
         if task is not None:
+            assert self.weight is not None, "the router has no open task"
             self.load(task, self.weight.detach())
         self.weight = None
 
@@ -93,16 +110,13 @@ class TaskRouter(nn.Module):
 
     def grow(self, num_experts: int) -> None:
         """Make room for `num_experts` experts; ended tasks go on with the experts they had."""
-        added = num_experts - self.num_experts
-        generator = torch.Generator().manual_seed(self.seed + num_experts)
-        fresh = torch.randn(added, self.width, generator=generator).to(self.initial) * 0.5  # type: ignore[arg-type]
-        self.initial = torch.cat([self.initial, fresh])  # type: ignore[list-item]
-        self.frozen = F.pad(self.frozen, (0, 0, 0, added))
+        self.frozen = F.pad(self.frozen, (0, 0, 0, num_experts - self.num_experts))
         self.num_experts = num_experts
 
     def task_weight(self, task: int) -> Tensor:
         """(N, width) float32 router of an ended task, or of the open one."""
         if task == self.context.open_task:
+            assert self.weight is not None, "the router has no open task"
             return self.weight
         slot, count = self.slots[task]
         return self.frozen[slot, :count]
@@ -122,7 +136,8 @@ class TaskRouter(nn.Module):
             x = F.layer_norm(x, x.shape[-1:])
             if self.projection is not None:
                 x = x @ self.projection.to(x.dtype)
-            logits = F.linear(x, self.task_weight(task).to(x.dtype))
+            weight = self.task_weight(task).to(x.dtype)
+            logits = F.linear(x, weight[:, :-1], weight[:, -1])
             self._check(logits)
             gates = topk_gates(logits, self.top_k)
         if self.context.counts is not None:

@@ -85,16 +85,17 @@ class RunConfig:
             RunError: a field differs; the message names the first one.
         """
         for field in ("method", "method_config", "identifier_config", "model", "stream", "formats", "train_config"):
-            mine, theirs = getattr(self, field), getattr(other, field)
+            mine, theirs = _plain(getattr(self, field)), _plain(getattr(other, field))
             if mine != theirs:
-                where = _first_difference(field, _plain(mine), _plain(theirs))
+                where = _first_difference(field, mine, theirs)
                 raise RunError(
                     f"the run was started with another {where}; give the same, or another --out", code="run_differs"
                 )
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    # Where a model or a stream lies may change between two sittings; what it is may not.
+    return asdict(value) | {"source": None} if hasattr(value, "__dataclass_fields__") else value
 
 
 def _first_difference(path: str, mine: Any, theirs: Any) -> str:

@@ -15,8 +15,10 @@ FORMAT_VERSION = 1
 
 
 class _Named(Protocol):
-    id: int
-    name: str
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str: ...
 
 
 def task_folder(task: _Named) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _core
+from . import _core, ranks
 from .answers import Answerer, TaskFormat, autocast
 from .attached import MosesModel
 from .checkpoint import is_run, load_base, load_method, model_source, read_config, task_files
@@ -201,7 +201,7 @@ class Session:
         )
         if similar is not None:
             self.done.similar[name] = similar
-        self.store.commit({**put, PROGRESS: self.done.to_bytes()})
+        self._commit({**put, PROGRESS: self.done.to_bytes()})
 
     def add_seconds(self, what: str, seconds: float) -> None:
         """Add to the time spent on `what`."""
@@ -212,7 +212,8 @@ class Session:
     def write_results(self) -> dict[str, Any]:
         """Write results.json from what is committed, and return it."""
         document = results_document(self.config, self.stream, self.done, self.method.registry)
-        _core.atomic_write(self.path / RESULTS, (json.dumps(document, indent=1) + "\n").encode())
+        if ranks.is_writer():
+            _core.atomic_write(self.path / RESULTS, (json.dumps(document, indent=1) + "\n").encode())
         return document
 
     def log_callback(self, task: str) -> Any:
@@ -231,8 +232,13 @@ class Session:
 
         return LogCallback()
 
+    def _commit(self, put: dict[str, bytes]) -> None:
+        if ranks.is_writer():
+            self.store.commit(put)
+        ranks.wait()
+
     def _commit_progress(self) -> None:
-        self.store.commit({PROGRESS: self.done.to_bytes()})
+        self._commit({PROGRESS: self.done.to_bytes()})
 
     def _answerer(self) -> Answerer:
         return Answerer(self.tokenizer, self.kind, self.train_config)
@@ -285,14 +291,16 @@ def start_session(
 ) -> Iterator[Session]:
     """Begin a run, or go on with one that was interrupted. See `moses.train`."""
     folder = Path(path)
+    device = ranks.join()
     exists = is_run(folder)
+    ranks.wait()  # every process has looked before the first one makes the folder
     if exists and not resume:
         raise RunError(
             f"{folder}: holds a run already; go on with it by --resume, or give another --out", code="run_exists"
         )
     if not exists and folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise RunError(f"{folder}: is neither empty nor a run; give another --out", code="not_a_run")
-    model_name = model if isinstance(model, str) else None
+    model_name = _place(model) if isinstance(model, str) else None
     if isinstance(model, str):
         model, tokenizer, kind = load_model(model, dtype)
     elif tokenizer is None:
@@ -311,19 +319,23 @@ def start_session(
         train_config=to_json(train_config),
         identifier_config=to_json(identifier_config),
         model=model_source(model, model_name),
-        stream=stream_source(stream, source),
+        stream=stream_source(stream, source and _place(source)),
         formats={
             name: {"max_new_tokens": form.max_new_tokens, "labels": list(form.labels)} for name, form in formats.items()
         },
     )
+    model.to(device)
     with ExitStack() as stack:
-        store = stack.enter_context(_core.Store.open(folder, write=True) if exists else _core.Store.create(folder))
-        if store.recovered:
-            progress.say(store.recovered)
-        if CONFIG in store.files():
-            read_config(store).require_same(config)
-        else:
-            store.commit({CONFIG: config.to_bytes()})
+        if ranks.is_writer():
+            store = stack.enter_context(_core.Store.open(folder, write=True) if exists else _core.Store.create(folder))
+            if store.recovered:
+                progress.say(store.recovered)
+            if CONFIG not in store.files():
+                store.commit({CONFIG: config.to_bytes()})
+        ranks.wait()
+        if not ranks.is_writer():
+            store = stack.enter_context(_core.Store.open(folder))
+        read_config(store).require_same(config)
         yield _session(folder, store, config, model, tokenizer, stream, formats, progress)
 
 
@@ -414,6 +426,11 @@ def _format(task: Task, tokenizer: Any, kind: Kind, config: TrainConfig) -> Task
         return TaskFormat(config.max_new_tokens, ())
     longest = max(len(tokenizer(example.answer, add_special_tokens=False)["input_ids"]) for example in task.train)
     return TaskFormat(longest + 4, ())
+
+
+def _place(name: str) -> str:
+    """A path as it holds from any folder; a name of a hub or of a built-in stream as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _mean(row: Sequence[float | None]) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -60,7 +61,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(D_out, D_in) of a linear map."""
-    first, second = module.weight.shape  # type: ignore[union-attr, misc]
+    first, second = module.weight.shape  # type: ignore[misc]
     return (int(second), int(first)) if isinstance(module, Conv1D) else (int(first), int(second))
 
 
@@ -136,7 +137,7 @@ def _kinds(linears: list[str]) -> str:
 
 def hidden_size(model: nn.Module) -> int:
     """Width of the residual stream, from the model's config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "hidden_size", None)
     if not isinstance(size, int):

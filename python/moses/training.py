@@ -181,7 +181,7 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     trainer = Trainer(
         model=method.model,
         args=_arguments(config, trainer_folder, seed),
-        train_dataset=rows,  # type: ignore[arg-type]
+        train_dataset=rows,
         data_collator=Collator(session.tokenizer),
         callbacks=[*method.callbacks(), session.log_callback(task.name)],
     )
@@ -233,4 +233,5 @@ def _trainer_checkpoint(folder: Path, config: TrainConfig) -> str | None:
     if config.save_steps is None or not folder.is_dir():
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return get_last_checkpoint(str(folder))
+    checkpoint: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+    return checkpoint

@@ -120,7 +120,7 @@ def test_a_damaged_config_or_adapter_is_a_typed_error(trained, tiny_model, tmp_p
             b"[" * 10_000,
         ):
             store.commit({"config.json": damaged})
-            with pytest.raises(moses.MosesError, match="config.json"):
+            with pytest.raises(moses.MosesError, match=r"config\.json"):
                 moses.load(tmp_path / "run", tiny_model("llama"))
         store.commit({"config.json": json.dumps(config).encode(), name: adapter[:-4]})
     with pytest.raises(moses.MosesError, match="adapter"):

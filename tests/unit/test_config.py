@@ -47,7 +47,7 @@ def test_wrong_values_are_refused_by_name(kind, field, value):
 def test_json_round_trip_and_unknown_keys(kind):
     config = from_settings(kind, {"seed": 7})
     assert from_settings(kind, to_json(config)) == config
-    with pytest.raises(ConfigError, match="seeed.*seed") as caught:
+    with pytest.raises(ConfigError, match=r"seeed.*seed") as caught:
         from_settings(kind, {"seeed": 7})
     assert caught.value.code == "unknown_setting"
 

@@ -266,7 +266,7 @@ def test_what_room_is_left_by_the_projection_is_filled(number, num_linear):
 
 @pytest.mark.parametrize("kind", ["ridge", "cosine"])
 def test_tasks_are_told_apart_and_strangers_are_unknown(kind):
-    known = clusters(4, rows=80, seed=1)
+    known = clusters(4, rows=80, seed=1, spread=0.15)
     identifier = fitted([features[:40] for features in known[:3]], dataclasses.replace(SMALL, kind=kind))
     for task_id in range(3):
         answer = identifier.predict(known[task_id][40:])
@@ -309,11 +309,12 @@ def test_each_row_is_judged_alone():
 
 
 def test_the_threshold_decides_what_is_unknown():
-    tasks = clusters(3, seed=3)
-    never = fitted(tasks[:2], dataclasses.replace(SMALL, threshold=float("inf")))
+    tasks = clusters(3, rows=80, seed=3)
+    known = [task[:40] for task in tasks[:2]]
+    never = fitted(known, dataclasses.replace(SMALL, threshold=float("inf")))
     assert not never.predict(tasks[2]).unknown.any()
-    always = fitted(tasks[:2], dataclasses.replace(SMALL, threshold=0.0))
-    answer = always.predict(tasks[0])
+    always = fitted(known, dataclasses.replace(SMALL, threshold=0.0))
+    answer = always.predict(tasks[0][40:])
     assert np.array_equal(answer.unknown, answer.novelty > 0)
     assert 0.1 < answer.unknown.mean() < 0.9
 
@@ -427,6 +428,24 @@ def test_a_state_given_out_cannot_change_the_identifier():
     other.load_task_state(1, given)
     given["mean"][:] = 0
     assert other.task_state(1)["mean"].any()
+
+
+def test_a_task_learned_anew_is_not_judged_by_what_it_was():
+    old, new, other = clusters(3, rows=60)
+    identifier = fitted([old[:40], other])
+    identifier.predict(old)
+    identifier.remove_task(0)
+    identifier.add_task(0, new[:40])
+    assert np.array_equal(identifier.predict(new).novelty, fitted([new[:40], other]).predict(new).novelty)
+
+
+def test_more_tasks_than_are_kept_prepared_answer_the_same(monkeypatch):
+    tasks = clusters(5)
+    whole = fitted(tasks).predict(np.concatenate(tasks))
+    monkeypatch.setattr("moses.stream.identify.identifier.MAX_PREPARED", 2)
+    few = fitted(tasks)
+    assert np.array_equal(few.predict(np.concatenate(tasks)).novelty, whole.novelty)
+    assert len(few._prepared) == 2
 
 
 def damage(name):

@@ -14,7 +14,7 @@ import moses
 
 ROOT = Path(moses.__file__).parent
 LAYERS = (
-    ("errors", "_core", "seeds", "run_files", "tensorfile"),
+    ("errors", "_core", "seeds", "run_files", "tensorfile", "ranks"),
     ("config",),
     ("sari", "stream", "metrics"),
     ("models", "targets", "context"),

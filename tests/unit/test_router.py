@@ -42,7 +42,7 @@ def router(dim=8, experts=4, top_k=2, router_dim=3):
 
 def test_half_precision_input_is_routed_in_float32():
     made, context = router(dim=64, experts=8)
-    made.open()
+    made.open(0)
     context.open_task, context.groups = 0, (Group(0),)
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -60,7 +60,7 @@ def test_tasks_keep_their_routers_through_growth_and_forgetting():
     found = {}
     for task in range(3):
         context.open_task = task
-        made.open()
+        made.open(task)
         with torch.no_grad():
             made.weight.normal_(generator=torch.Generator().manual_seed(task))
         context.groups = (Group(task),)
@@ -80,22 +80,24 @@ def test_tasks_keep_their_routers_through_growth_and_forgetting():
 def test_a_task_can_start_from_another_ones_router():
     made, context = router()
     context.open_task = 0
-    made.open()
+    made.open(0)
     start = made.weight.detach().clone()
     with torch.no_grad():
         made.weight.add_(1.0)
     made.close(0)
     context.open_task = 1
-    made.open(like=0)
+    made.open(1, like=0)
     assert torch.equal(made.weight.detach(), start + 1.0)
-    made.open()
+    made.open(1)
+    assert not torch.equal(made.weight.detach(), start)
+    made.open(0)
     assert torch.equal(made.weight.detach(), start)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_an_error(bad):
     made, context = router()
-    made.open()
+    made.open(0)
     context.open_task, context.groups = 0, (Group(0),)
     x = torch.zeros(3, 8)
     x[1, 2] = bad

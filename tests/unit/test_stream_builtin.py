@@ -27,11 +27,11 @@ def demo() -> Stream:
 def test_demo_has_five_tasks_of_the_promised_size(demo: Stream) -> None:
     sizes = [(task.name, task.metric, len(task.train), len(task.eval), len(task.test)) for task in demo.tasks]
     assert sizes == [
-        ("topic", "accuracy", 240, 40, 60),
-        ("nextline", "edit_similarity", 240, 40, 60),
-        ("exception", "accuracy", 240, 40, 60),
-        ("docstring", "rouge_l", 240, 40, 60),
-        ("action", "accuracy", 240, 40, 60),
+        ("topic", "accuracy", 120, 40, 40),
+        ("nextline", "edit_similarity", 120, 40, 40),
+        ("exception", "accuracy", 120, 40, 40),
+        ("docstring", "rouge_l", 120, 40, 40),
+        ("action", "accuracy", 120, 40, 40),
     ]
 
 

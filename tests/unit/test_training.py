@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,27 @@ from moses.progress import Progress
 from moses.session import Session
 from moses.stream import load_stream
 
-SETTINGS = {"epochs": 3, "batch_size": 4, "learning_rate": 0.02, "max_length": 96, "max_new_tokens": 3, "weight_decay": 0.1}
+SETTINGS = {
+    "epochs": 3,
+    "batch_size": 4,
+    "learning_rate": 0.02,
+    "max_length": 96,
+    "max_new_tokens": 3,
+    "weight_decay": 0.1,
+}
 
 
 def run(folder, out, method="moses", **more):
     settings = SETTINGS | more.pop("settings", {})
-    return training.train(str(folder), stream="tiny", method=method, output_dir=out, settings=settings, progress=Progress(quiet=True), **more)
+    return training.train(
+        str(folder),
+        stream="tiny",
+        method=method,
+        output_dir=out,
+        settings=settings,
+        progress=Progress(quiet=True),
+        **more,
+    )
 
 
 def measured(out):
@@ -59,11 +75,54 @@ def test_capacity_is_what_the_folder_holds_and_the_folder_is_enough(finished, tm
             path.unlink()
     counted = sum(sum(task["bytes"].values()) for task in result.results["capacity"])
     held = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file() and path.parent.name != "run")
-    held += (copy / "registry.moses").stat().st_size if (copy / "registry.moses").exists() else max(p.stat().st_size for p in copy.glob("registry*"))
+    held += (
+        (copy / "registry.moses").stat().st_size
+        if (copy / "registry.moses").exists()
+        else max(p.stat().st_size for p in copy.glob("registry*"))
+    )
     assert abs(held - counted) <= 0.02 * counted
-    code = f"import json; from moses.evaluate import evaluate_run; print(json.dumps(evaluate_run({str(copy)!r}, 'til')))"
-    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", "PATH": ""}).stdout
+    code = (
+        f"import json; from moses.evaluate import evaluate_run; print(json.dumps(evaluate_run({str(copy)!r}, 'til')))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", "PATH": ""},
+    ).stdout
     assert json.loads(answer.splitlines()[-1])["til"]["row"] == result.matrix[-1]
+
+
+@pytest.mark.parametrize("method", ["moses", "sequential", "per-task"])
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_classifiers_and_encoder_decoders_learn_a_stream(method, family, tiny_model, tiny_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = tiny_model(family, vocab_size=600, positions=128)
+    settings = SETTINGS | {"epochs": 2, "eval_limit": 4}
+    out = tmp_path / "run"
+    result = training.train(
+        model,
+        AutoTokenizer.from_pretrained(tiny_folder),
+        stream=load_stream("tiny"),
+        method=method,
+        output_dir=out,
+        settings=settings,
+        progress=Progress(quiet=True),
+    )
+    heads = [task["bytes"]["heads"] for task in result.results["capacity"]]
+    if family == "bert":
+        assert all(result.matrix[t][i] is None for t in range(3) for i in range(t + 1, 3))
+        assert min(heads) > 0 and result.metrics["fwt"] is None and result.results["base"] == [None] * 3
+    else:
+        assert all(None not in row for row in result.matrix) and max(heads) == 0
+    if method != "sequential":
+        assert result.metrics["bwt"] == 0.0
+    with pytest.raises(moses.MosesError, match="in memory"):
+        moses.load(out)
+    loaded = moses.load(out, tiny_model(family, vocab_size=600, positions=128))
+    assert not loaded.training
 
 
 @pytest.mark.parametrize("method", ["moses", "sequential", "per-task"])
@@ -165,7 +224,9 @@ def test_each_prompt_of_a_mixed_batch_gets_its_own_task(finished, tiny_folder):
 
     model, tokenizer = moses.load(out), AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer.padding_side = "left"
-    prompts = [row.prompt for rows in zip(*(task.test for task in load_stream("tiny").tasks), strict=False) for row in rows]
+    prompts = [
+        row.prompt for rows in zip(*(task.test for task in load_stream("tiny").tasks), strict=False) for row in rows
+    ]
     encoded = tokenizer(prompts, return_tensors="pt", padding=True)
     batch = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
     found = model.identify(**batch)
@@ -201,3 +262,25 @@ def test_generate_says_which_task_it_took_the_prompt_for(finished):
     assert inferred["task"] == task.name and 0 < inferred["task_probability"] <= 1
     with pytest.raises(moses.MosesError, match="no trained task"):
         answer(out, "nonsense", "x")
+
+
+@pytest.mark.skipif("MOSES_PROVE" not in os.environ, reason="starts four processes of torch; part of `make prove`")
+def test_two_processes_of_torchrun_make_one_run(tiny_folder, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "moses",
+        "train",
+    ]
+    command += ["--model", str(tiny_folder), "--stream", "tiny", "--method", "moses", "--out", str(tmp_path / "run")]
+    for setting in ("epochs=1", "max_length=96", "max_new_tokens=3", "eval_limit=3"):
+        command += ["--set", setting]
+    subprocess.run(command, check=True)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["til"]["metrics"]["bwt"] == 0.0
+    assert len(moses.load(tmp_path / "run").registry.tasks()) == 3

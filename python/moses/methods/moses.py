@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..attachment import attach
 from ..attached import MosesModel
+from ..attachment import attach
 from ..config import MosesConfig
 from .base import Method
 

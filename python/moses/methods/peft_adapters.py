@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..config import check_choice, check_int, check_real
+from ..config import as_tuple, check_choice, check_int, check_real
 from ..context import Group, TaskContext
 from ..heads import TaskHead, install_head
 from ..seeds import stable_seed
@@ -38,8 +38,7 @@ class PeftMethodConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        as_tuple(self, "target_modules")
         check_choice(self, "adapter", ("lora", "vera", "ia3"))
         check_int(self, "rank", 1)
         check_int(self, "seed", 0)
@@ -52,7 +51,7 @@ class PeftMethodConfig:
             return VeraConfig(r=self.rank, target_modules=paths, save_projection=False, projection_prng_key=self.seed)
         if self.adapter == "ia3":
             return IA3Config(target_modules=paths, feedforward_modules=[])
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        alpha: Any = 2 * self.rank if self.alpha is None else self.alpha
         return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=paths, lora_dropout=0.0)
 
 

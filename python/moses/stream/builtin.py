@@ -52,7 +52,7 @@ BUILTIN_STREAMS: dict[str, BuiltinStream] = {
             "docstring": None,
             "action": _Definitions("verbs", _ACTIONS, _ACTION, with_word=True),
         },
-        (240, 40, 60),
+        (120, 40, 40),
     ),
     "tiny": BuiltinStream(
         {

@@ -97,7 +97,7 @@ class ElementBank(nn.Module):
         for space in SPACES:
             frozen, new = self._frozen(space), self._mask[space] & ~self._used[space]
             frozen[new] = getattr(self, f"free_{space}")[new].to(frozen)
-            masks[space] = _core.Mask.from_bool(self._mask[space].flatten().cpu().numpy())
+            masks[space] = _core.Mask.from_bool(self._mask[space].flatten().cpu().numpy())  # type: ignore[arg-type]
         self.drop()
         return masks
 

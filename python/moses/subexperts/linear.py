@@ -75,7 +75,7 @@ class SubExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., D_in) to (batch, ..., D_out)."""
-        y = self.base_layer(x)
+        y: Tensor = self.base_layer(x)
         if not self.context.groups:
             return y
         if self.router is not None:

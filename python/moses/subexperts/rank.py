@@ -23,6 +23,15 @@ class _View:
     experts: Tensor
 
 
+@dataclass
+class _Candidates:
+    """What the open task may use: free units (F,) ascending, frozen units (U,) ascending, and which of the free ones are kept."""
+
+    fresh: Tensor
+    reused: Tensor
+    kept: Tensor
+
+
 class RankBank(nn.Module):
     """N experts of rank R beside a D_out x D_in map, masked by component.
 
@@ -33,6 +42,8 @@ class RankBank(nn.Module):
 
     frozen_A: Tensor
     frozen_B: Tensor
+    free_A: nn.Parameter | None
+    free_B: nn.Parameter | None
 
     def __init__(self, d_out: int, d_in: int, num_experts: int, rank: int, candidates: int) -> None:
         super().__init__()
@@ -42,9 +53,7 @@ class RankBank(nn.Module):
         self.register_parameter("free_A", None)
         self.register_parameter("free_B", None)
         self._views: dict[int, _View] = {}
-        self._fresh: Tensor | None = None
-        self._kept: Tensor | None = None
-        self._reused: Tensor | None = None
+        self._candidates: _Candidates | None = None
         self.open_task: int | None = None
 
     @property
@@ -61,11 +70,12 @@ class RankBank(nn.Module):
         """
         device = self.frozen_A.device
         self.open_task = task
-        self._fresh, self._reused = self._spread(mask_units(fresh[SPACE], device)), mask_units(reused[SPACE], device)
-        self._kept = torch.arange(len(self._fresh), device=device)
-        start = (torch.rand(len(self._fresh), self.d_in, generator=generator) * 2 - 1) * self.d_in**-0.5
+        units = self._spread(mask_units(fresh[SPACE], device))
+        kept = torch.arange(len(units), device=device)
+        self._candidates = _Candidates(units, mask_units(reused[SPACE], device), kept)
+        start = (torch.rand(len(units), self.d_in, generator=generator) * 2 - 1) * self.d_in**-0.5
         self.free_A = nn.Parameter(start.to(self.frozen_A))
-        self.free_B = nn.Parameter(torch.zeros(len(self._fresh), self.d_out, dtype=self.frozen_B.dtype, device=device))
+        self.free_B = nn.Parameter(torch.zeros(len(units), self.d_out, dtype=self.frozen_B.dtype, device=device))
 
     def _spread(self, free: Tensor) -> Tensor:
         """The candidates among the free units, ascending: every expert's first, then every expert's second, and so on."""
@@ -76,27 +86,31 @@ class RankBank(nn.Module):
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
         """Of every candidate: |a| |b| / sqrt(D_in + D_out), (F,) float32, so that it compares by bytes across maps."""
-        size = (self.d_in + self.d_out) ** 0.5
-        return {SPACE: self.free_A.float().norm(dim=1) * self.free_B.float().norm(dim=1) / size}
+        _, A, B = self._opened()
+        return {SPACE: A.float().norm(dim=1) * B.float().norm(dim=1) / (self.d_in + self.d_out) ** 0.5}
 
     def cut(self, kept: dict[str, Tensor]) -> None:
         """Keep only the candidates marked in `kept` (F,) bool."""
-        self._kept = torch.nonzero(kept[SPACE]).flatten().to(self.frozen_A.device)
+        self._opened()[0].kept = torch.nonzero(kept[SPACE]).flatten().to(self.frozen_A.device)
 
     @torch.no_grad()
     def close(self) -> dict[str, _core.Mask]:
         """Copy the kept candidates into the frozen buffers; the task's masks, reused units included."""
-        new = self._fresh[self._kept]
-        self.frozen_A[new] = self.free_A[self._kept].to(self.frozen_A)
-        self.frozen_B[new] = self.free_B[self._kept].to(self.frozen_B)
-        units = torch.cat([self._reused, new]).cpu().tolist()
+        candidates, A, B = self._opened()
+        new = candidates.fresh[candidates.kept]
+        self.frozen_A[new] = A[candidates.kept].to(self.frozen_A)
+        self.frozen_B[new] = B[candidates.kept].to(self.frozen_B)
+        units = torch.cat([candidates.reused, new]).cpu().tolist()
         self.drop()
         return {SPACE: _core.Mask.from_indices(self.num_experts * self.rank, sorted(units))}
 
     def drop(self) -> None:
         """Give up the open task's candidates."""
-        self.free_A = self.free_B = None
-        self._fresh = self._kept = self._reused = self.open_task = None
+        self.free_A = self.free_B = self._candidates = self.open_task = None
+
+    def _opened(self) -> tuple[_Candidates, Tensor, Tensor]:
+        assert self._candidates is not None and self.free_A is not None and self.free_B is not None, "no task is open"
+        return self._candidates, self.free_A, self.free_B
 
     def read(self, task: int, masks: dict[str, _core.Mask], num_experts: int) -> None:
         """Take `task`'s masks from the registry, for its forward; it was trained with `num_experts` experts."""
@@ -110,10 +124,11 @@ class RankBank(nn.Module):
     def weights(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
         """A (C, D_in), B (C, D_out) and the expert (C,) int64 of each component that `task` uses, in training or not."""
         if task == self.open_task:
-            new = self._fresh[self._kept]
-            A = torch.cat([self.frozen_A[self._reused], self.free_A[self._kept]])
-            B = torch.cat([self.frozen_B[self._reused], self.free_B[self._kept]])
-            return A, B, torch.cat([self._reused, new]) // self.rank
+            candidates, free_A, free_B = self._opened()
+            reused, kept = candidates.reused, candidates.kept
+            A = torch.cat([self.frozen_A[reused], free_A[kept]])
+            B = torch.cat([self.frozen_B[reused], free_B[kept]])
+            return A, B, torch.cat([reused, candidates.fresh[kept]]) // self.rank
         view = self._views[task]
         if view.units.device != self.frozen_A.device:
             view.units, view.experts = view.units.to(self.frozen_A.device), view.experts.to(self.frozen_A.device)
@@ -141,8 +156,6 @@ class RankBank(nn.Module):
 
 def mask_units(mask: _core.Mask, device: torch.device) -> Tensor:
     """Ascending unit numbers of a mask, (units,) int64."""
-    return (
-        torch.frombuffer(bytearray(mask.to_indices()), dtype=torch.int64).to(device)
-        if mask.count
-        else torch.zeros(0, dtype=torch.int64, device=device)
-    )
+    if not mask.count:
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    return torch.frombuffer(bytearray(mask.to_indices()), dtype=torch.int64).to(device)

@@ -27,8 +27,8 @@ class _StopForward(Exception):  # noqa: N818
 def prompt_features(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layer: int | None = None
 ) -> torch.Tensor:
-    """(batch, 2, D) float32 on the model's device: the mean of each prompt's embeddings, which know the words, and its mean
-    activation after `layer` blocks of the model's trunk, which knows what is said with them.
+    """(batch, 2, D) float32 on the model's device: the mean of each prompt's embeddings, which know the words, and its
+    mean activation after `layer` blocks of the model's trunk, which knows what is said with them.
 
     `layer`: 0 (the embeddings) to the number of blocks; None: half of them. An encoder-decoder is read at its encoder.
     `input_ids`, `attention_mask`: (batch, tokens) integers, padded on either side. No gradient; the model's mode is

@@ -54,8 +54,8 @@ _KINDS: dict[str, Callable[[IdentifierConfig, int, int], _Kind]] = {
 class TaskIdentifier:
     """Infers the task of a prompt from features of the frozen base model.
 
-    `feature_dim`: D, the model's width: `prompt_features` gives (n, 2, D). Raises ConfigError where a task's state would not fit
-    its half megabyte.
+    `feature_dim`: D, the model's width: `prompt_features` gives (n, 2, D). Raises ConfigError where a task's state
+    would not fit its half megabyte.
     """
 
     def __init__(self, config: IdentifierConfig, feature_dim: int) -> None:
@@ -69,7 +69,7 @@ class TaskIdentifier:
         size = sum(np.dtype(dtype).itemsize * length for dtype, length in self._kind.layout().values())
         if size > MAX_TASK_BYTES - 2048:  # the rest of the file: header, count, settings
             raise ConfigError(
-                f"identifier.kind {config.kind!r} would keep {size} bytes a task of {feature_dim} features: use 'ridge'",
+                f"identifier.kind {config.kind!r} would keep {size} bytes a task: use 'ridge'",
                 code="bad_identifier",
             )
         self._states: dict[int, dict[str, NDArray[Any]]] = {}
@@ -82,8 +82,8 @@ class TaskIdentifier:
         return tuple(sorted(self._states))
 
     def add_task(self, task_id: int, features: Any, prompt_ids: Sequence[int] | None = None) -> None:
-        """Learn a task from the features of its prompts, (n, 2, D), any float dtype, NumPy or torch; kind "prompt_loss":
-        losses, (n, 1).
+        """Learn a task from the features of its prompts, (n, 2, D), any float dtype, NumPy or torch; kind
+        "prompt_loss": losses, (n, 1).
 
         `prompt_ids` (n,) names the prompt of each row, where prompts have several views (see `prompt_views`); None:
         each row its own. Raises RegistryError for a task that is known already, ConfigError for a wrong shape,
@@ -192,7 +192,7 @@ class TaskIdentifier:
         if arrays["settings"].tolist() != self._settings().tolist():
             raise FormatError(
                 f"identifier of task {task_id}: (version, feature_dim, num_features, seed, layer) is "
-                f"{arrays['settings'].tolist()}, the identifier's {self._settings().tolist()}: use the run's own settings",
+                f"{arrays['settings'].tolist()}, not {self._settings().tolist()}: use the run's own settings",
                 code="identifier_settings",
             )
         count, (mean, spread) = int(arrays["count"][0]), arrays["usual"].tolist()

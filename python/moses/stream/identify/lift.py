@@ -1,8 +1,9 @@
-"""Random features: a fixed random map from a model's features to `num_features` numbers, made anew from a seed and never stored.
+"""Random features: a fixed random map from a model's features to `num_features` numbers, made anew from a seed and
+never stored.
 
-As many as there is room for are a random orthogonal projection; in a small model, where features are left over, the rest
-are ReLUs of random directions (random features: Rahimi and Recht 2007; in analytic continual learning: ACIL, Zhuang et
-al. 2022). The last feature is the constant 1.
+As many as there is room for are a random orthogonal projection; in a small model, where features are left over, the
+rest are ReLUs of random directions (random features: Rahimi and Recht 2007; in analytic continual learning: ACIL,
+Zhuang et al. 2022). The last feature is the constant 1.
 """
 
 from __future__ import annotations

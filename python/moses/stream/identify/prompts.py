@@ -2,7 +2,8 @@
 share.
 
 An identifier that has only seen whole prompts reads the instruction and little else: shown the text alone, it is right
-69% of the time on stream8's eval parts, and 94% after it has seen both (100% on whole prompts either way).
+for 68% of stream8's test prompts (MiniLM, 500 a task to learn from), and for 91% after it has seen both; on whole
+prompts it is right for 99.7% or more either way.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ With its share of the ridge, λ_t = max(λ/n_t, 0.001), the answer for T tasks i
 the ridge regression on all prompts of all tasks at once, each task with the same weight. Sums run over ascending ids in
 float64, so neither the order of arrival nor a task that came and went leaves a trace: not beyond rounding, but none.
 
-S_t is kept as deviations (float64) and correlations (16 bits: their rounding, a matrix of norm below 0.0005, stays under
-the ridge), which is what makes 690 features fit where float32 has room for 480.
+S_t is kept as deviations (float64) and correlations (16 bits: their rounding, a matrix of norm below 0.0005, stays
+under the ridge), which is what makes 690 features fit where float32 has room for 480.
 
-Novelty of φ to a task is its leverage there, φᵀ(S_t + λ_t I)⁻¹φ. What is usual for the task's own prompts comes from the
-same expression with each prompt (all its views) left out, by a block downdate; no other task's data are needed.
+Novelty of φ to a task is its leverage there, φᵀ(S_t + λ_t I)⁻¹φ. What is usual for the task's own prompts comes from
+the same expression with each prompt (all its views) left out, by a block downdate; no other task's data are needed.
 """
 
 from __future__ import annotations
