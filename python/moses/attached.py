@@ -199,7 +199,7 @@ class MosesModel(nn.Module):
 
     @torch.no_grad()
     def prompt_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(batch, D) float32 features of the frozen base model that the task identifier reads."""
+        """(batch, 2, D) float32 features of the frozen base model that the task identifier reads."""
         from .stream.identify import prompt_features
 
         if attention_mask is None:

@@ -39,7 +39,7 @@ from .targets import find_targets
 
 @dataclass(frozen=True)
 class Views:
-    """Features (views, D) of a task's prompts, and which prompt each is a view of."""
+    """Features (views, 2, D) of a task's prompts, and which prompt each is a view of."""
 
     features: Tensor
     prompt_ids: list[int]
@@ -158,7 +158,7 @@ class Session:
         return Views(self.features(texts), prompt_ids)
 
     def features(self, questions: Sequence[str]) -> Tensor:
-        """(prompts, D) float32 features of the base model, which the task identifier reads."""
+        """(prompts, 2, D) float32 features of the base model, which the task identifier reads."""
         model, device = self.method.model, next(self.method.model.parameters()).device
         model.eval()
         parts: list[Tensor | None] = [None] * len(questions)
