@@ -16,7 +16,6 @@ from .context import TaskContext
 from .errors import ModelError
 from .seeds import stable_seed
 
-
 TOKEN_SPREAD = 0.1  # deviation of a fresh router's weights on the token, beside 1 of its bias
 
 
