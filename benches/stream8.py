@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 TRAINING = {
     "epochs": 5,
     "batch_size": 16,
-    "learning_rate": 2e-3,
+    "learning_rate": 4e-3,
     "warmup_ratio": 0.1,
     "max_length": 128,
     "precision": "bfloat16",
@@ -96,8 +96,14 @@ def measure(
         "row": run.matrix[-1],
         "seconds": time.monotonic() - started,
         "settings": TRAINING | settings | extra,
+        "per_task_bytes": totals,
         "environment": results["environment"],
     }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows measured so far; another process may have added some since the last look."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def main() -> None:
@@ -123,14 +129,13 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     for seed in map(int, arguments.seeds.split(",")):
         for name in arguments.only.split(","):
-            rows = json.loads(path.read_text()) if path.exists() else []
             label = name + arguments.label
-            if any((row["method"], row["seed"]) == (label, seed) for row in rows):
+            if any((row["method"], row["seed"]) == (label, seed) for row in read_rows(path)):
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--row", f"{name}:{seed}"]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             row = json.loads(output.splitlines()[-1]) | {"method": label}
-            path.write_text(json.dumps([*rows, row], indent=1) + "\n")
+            path.write_text(json.dumps([*read_rows(path), row], indent=1) + "\n")
             print(
                 f"{label:24} seed {seed}  OP {row['op']:.2f}  BWT {row['bwt']}  bytes {row['bytes']}  {row['seconds']:.0f} s",
                 file=sys.stderr,

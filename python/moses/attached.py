@@ -21,8 +21,8 @@ from .errors import FormatError, RegistryError
 from .heads import TaskHead
 from .router import TaskRouter
 from .seeds import stable_seed
-from .selection import bank_bytes, cut_ranks, select_elements
-from .subexperts import Bank, ElementBank, RankBank, SubExpertLinear
+from .selection import bank_bytes, select_candidates
+from .subexperts import Bank, SubExpertLinear
 
 if TYPE_CHECKING:
     from .stream.identify import Identification, TaskIdentifier
@@ -83,7 +83,7 @@ class MosesModel(nn.Module):
         self._was_cut = False
         self._activate(task)
         if config.granularity == "element":
-            self._select_elements()
+            self._select()
         return task
 
     def cut_task(self) -> None:
@@ -94,18 +94,9 @@ class MosesModel(nn.Module):
         self._open_task()
         if self._was_cut:
             return
-        banks = [bank for _, bank in self._layers()]
-        if self.moses_config.granularity == "rank":
-            cut_ranks(
-                [bank for bank in banks if isinstance(bank, RankBank)],
-                self.new_budget,
-                self.moses_config.budget == "tensor",
-            )
-        else:
-            self._select_elements()
-            for bank in banks:
-                if isinstance(bank, ElementBank):
-                    bank.cut()
+        self._select()
+        for _, bank in self._layers():
+            bank.hold()
         self._was_cut = True
 
     def end_task(self, name: str) -> None:
@@ -384,10 +375,11 @@ class MosesModel(nn.Module):
         for router in self._routers().values():
             router.grow(router.num_experts + 1)
 
-    def _select_elements(self) -> None:
-        total = int(self.moses_config.density * self.bank_bytes)
-        banks = [bank for _, bank in self._layers() if isinstance(bank, ElementBank)]
-        select_elements(banks, self.new_budget, max(total - self.new_budget, 0), self.moses_config.budget == "tensor")
+    def _select(self) -> None:
+        # A task's mask is at most `density` of the bank: what it newly uses, and frozen units for the rest.
+        first = int(self.moses_config.density * self.bank_bytes)
+        banks = [bank for _, bank in self._layers()]
+        select_candidates(banks, self.new_budget, first - self.new_budget, self.moses_config.budget == "tensor")
 
     def _activate(self, task: int) -> None:
         self._context.groups, self._context.infer = (Group(task),), False
@@ -473,7 +465,7 @@ def before_model(model: MosesModel, args: tuple[Any, ...], kwargs: dict[str, Any
         and not model._was_cut
         and model.moses_config.granularity == "element"
     ):
-        model._select_elements()
+        model._select()
     if context.infer and not (context.groups and _is_continuation(kwargs)):
         prompts = args[0] if args else kwargs["input_ids"]
         context.groups = groups_by_task(assigned(model.identify(prompts, kwargs.get("attention_mask"))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .subexperts import Bank, ElementBank, RankBank
+from .subexperts import Bank
 
 
 def top_units(scores: list[Tensor], unit_bytes: list[int], budget: int) -> list[Tensor]:
@@ -47,39 +47,18 @@ def top_units(scores: list[Tensor], unit_bytes: list[int], budget: int) -> list[
     return kept
 
 
-def cut_ranks(banks: list[RankBank], budget: int, per_tensor: bool) -> None:
-    """Cut every bank's open candidates to `budget` bytes in all, or to its share of them each."""
-    scores = [bank.importance()["components"] for bank in banks]
-    sizes = [bank.spaces[0][2] for bank in banks]
-    for bank, mask in zip(banks, _select(scores, sizes, budget, per_tensor), strict=True):
-        bank.cut({"components": mask})
-
-
-def select_elements(banks: list[ElementBank], new_budget: int, reused_budget: int, per_tensor: bool) -> None:
-    """Set every bank's present mask: the top free weights within one budget, and the top frozen ones within the other."""
-    names = [(bank, space) for bank in banks for space, _, _ in bank.spaces]
+def select_candidates(banks: list[Bank], new_budget: int, reused_budget: int, per_tensor: bool) -> None:
+    """Keep, of every bank's open candidates, the top free ones within one budget and the top frozen ones within the other."""
+    spaces = [(name, size) for bank in banks for name, _, size in bank.spaces]
+    sizes = [size for _, size in spaces]
     fresh = [bank.importance() for bank in banks]
     reused = [bank.reuse_importance() for bank in banks]
-    size = banks[0].spaces[0][2] if banks else 1
-    sizes = [size] * len(names)
-    new = _select(
-        [part[space] for part, bank in zip(fresh, banks, strict=True) for space, _, _ in bank.spaces],
-        sizes,
-        new_budget,
-        per_tensor,
-    )
-    old = _select(
-        [part[space] for part, bank in zip(reused, banks, strict=True) for space, _, _ in bank.spaces],
-        sizes,
-        reused_budget,
-        per_tensor,
-    )
-    masks: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-    for (bank, space), new_mask, old_mask in zip(names, new, old, strict=True):
-        pair = masks.setdefault(id(bank), ({}, {}))
-        pair[0][space], pair[1][space] = new_mask, old_mask
+    new = _select([scores for part in fresh for scores in part.values()], sizes, new_budget, per_tensor)
+    old = _select([scores for part in reused for scores in part.values()], sizes, reused_budget, per_tensor)
+    kept = iter(zip(new, old, strict=True))
     for bank in banks:
-        bank.select(*masks[id(bank)])
+        masks = {name: next(kept) for name, _, _ in bank.spaces}
+        bank.select({name: pair[0] for name, pair in masks.items()}, {name: pair[1] for name, pair in masks.items()})
 
 
 def bank_bytes(bank: Bank) -> int:

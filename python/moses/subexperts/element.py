@@ -84,7 +84,7 @@ class ElementBank(nn.Module):
             mask[self._reused[space]] = kept_reused[space].to(mask.device)
             self._mask[space] = mask
 
-    def cut(self) -> None:
+    def hold(self) -> None:
         """Hold the present mask for good; only the free weights go on learning."""
         self.learning_masks = False
         for space in SPACES:

@@ -84,14 +84,29 @@ class RankBank(nn.Module):
         return free[torch.sort(turn, stable=True).indices[: self.candidates]].sort().values
 
     @torch.no_grad()
+    def reuse_importance(self) -> dict[str, Tensor]:
+        """As `importance`, of the frozen candidates: (U,) float32."""
+        reused = self._opened()[0].reused
+        return {SPACE: self._size_of(self.frozen_A[reused], self.frozen_B[reused])}
+
+    @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
         """Of every candidate: |a| |b| / sqrt(D_in + D_out), (F,) float32, so that it compares by bytes across maps."""
         _, A, B = self._opened()
-        return {SPACE: A.float().norm(dim=1) * B.float().norm(dim=1) / (self.d_in + self.d_out) ** 0.5}
+        return {SPACE: self._size_of(A, B)}
 
-    def cut(self, kept: dict[str, Tensor]) -> None:
-        """Keep only the candidates marked in `kept` (F,) bool."""
-        self._opened()[0].kept = torch.nonzero(kept[SPACE]).flatten().to(self.frozen_A.device)
+    def _size_of(self, A: Tensor, B: Tensor) -> Tensor:
+        size: Tensor = A.float().norm(dim=1) * B.float().norm(dim=1) / (self.d_in + self.d_out) ** 0.5
+        return size
+
+    def select(self, kept: dict[str, Tensor], kept_reused: dict[str, Tensor]) -> None:
+        """Keep only the candidates marked in `kept` (F,) and `kept_reused` (U,) bool."""
+        candidates = self._opened()[0]
+        candidates.kept = torch.nonzero(kept[SPACE]).flatten().to(self.frozen_A.device)
+        candidates.reused = candidates.reused[kept_reused[SPACE].to(candidates.reused.device)]
+
+    def hold(self) -> None:
+        """Hold the present selection for good; components are selected once, so there is nothing to stop."""
 
     @torch.no_grad()
     def close(self) -> dict[str, _core.Mask]:
