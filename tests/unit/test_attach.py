@@ -107,6 +107,23 @@ def test_old_tasks_keep_their_bits_under_adamw_with_decay(dtype, granularity, re
 
 
 @pytest.mark.parametrize("granularity", ["rank", "element"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_what_was_trained_is_what_answers(family, granularity, tiny_model, tiny_batch):
+    config = moses.MosesConfig(density=0.3, granularity=granularity)
+    model, batch = moses.attach(tiny_model(family), config), tiny_batch(family)
+    for name in "ab":
+        begin(model, name, similar_to="a" if name == "b" else None)
+        train_steps(model, batch, 2)
+        model.cut_task()
+        train_steps(model, batch, 3)
+        in_training = logits(model, batch)
+        model.end_task(name)
+        with model.task(name):
+            torch.testing.assert_close(logits(model, batch), in_training, rtol=1e-4, atol=1e-5)
+    assert model.registry.overlap()[0][1] > 0, "nothing was reused, so nothing was shown"
+
+
+@pytest.mark.parametrize("granularity", ["rank", "element"])
 def test_budgets_hold_however_much_is_reused(granularity, tiny_model, tiny_batch):
     config = moses.MosesConfig(density=0.25, growth=0.4, reuse="all", granularity=granularity)
     model = moses.attach(tiny_model("llama"), config)
