@@ -55,8 +55,8 @@ def stepper(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[
     return step
 
 
-def attached(tasks: int = 0, cut: bool = False) -> moses.MosesModel:
-    model = moses.attach(base_model(), moses.MosesConfig(num_experts=4, rank=8, top_k=2))
+def attached(tasks: int = 0, cut: bool = False, candidates: int = 8) -> moses.MosesModel:
+    model = moses.attach(base_model(), moses.MosesConfig(num_experts=4, rank=8, top_k=2, candidates=candidates))
     for index in range(tasks):
         model.begin_task(f"task {index}")
         with torch.no_grad():
@@ -84,6 +84,7 @@ def main() -> None:
     steps = {
         "PEFT LoRA rank 8": stepper(lora, batch),
         "MoSEs, before cut": stepper(attached(), batch),
+        "MoSEs, before cut, every component a candidate": stepper(attached(candidates=32), batch),
         "MoSEs, after cut": stepper(attached(cut=True), batch),
         "MoSEs, after cut, 100 tasks ended": stepper(attached(100, cut=True), batch),
     }

@@ -123,7 +123,6 @@ class TrainConfig:
         eval_rows: evaluate `all` rows of R, or the diagonal and the `final` row only (other cells are null).
         eval_modes: `til`, `tail`, or both.
         max_new_tokens: of a greedy answer; `None` is the longest training answer's length plus four.
-        save_steps: also keep the Trainer's own files of a task in progress every so many steps; `None` restarts the task.
         seed: of data order and of everything the method draws.
     """
 
@@ -142,7 +141,6 @@ class TrainConfig:
     eval_rows: Literal["all", "final"] = "all"
     eval_modes: tuple[str, ...] = ("til", "tail")
     max_new_tokens: int | None = None
-    save_steps: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -156,7 +154,7 @@ class TrainConfig:
             ("seed", 0),
         ):
             check_int(self, field, least)
-        for field in ("eval_limit", "max_new_tokens", "save_steps"):
+        for field in ("eval_limit", "max_new_tokens"):
             if getattr(self, field) is not None:
                 check_int(self, field, 1)
         check_real(self, "learning_rate", 0.0, 1e3, open_low=True)

@@ -189,7 +189,7 @@ def _train_task(session: Session, index: int, task: Task) -> None:
         from .progress import show_in
 
         show_in(trainer, phase)
-        trainer.train(resume_from_checkpoint=_trainer_checkpoint(trainer_folder, config))
+        trainer.train()
     # Accelerate's mixed precision patches the model's forward; the model goes back to what it was.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
@@ -215,9 +215,7 @@ def _arguments(config: TrainConfig, folder: Path, seed: int) -> Any:
         fp16=config.precision == "float16",
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
-        save_strategy="no" if config.save_steps is None else "steps",
-        save_steps=config.save_steps or 500,
-        save_total_limit=1,
+        save_strategy="no",  # an interrupted task is trained again from its start, to the same bits
         logging_steps=10,
         report_to=os.environ.get("MOSES_REPORT_TO", "none"),
         disable_tqdm=True,
@@ -225,13 +223,3 @@ def _arguments(config: TrainConfig, folder: Path, seed: int) -> Any:
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
-
-
-def _trainer_checkpoint(folder: Path, config: TrainConfig) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if config.save_steps is None or not folder.is_dir():
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    checkpoint: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
-    return checkpoint
