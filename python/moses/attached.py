@@ -144,7 +144,7 @@ class MosesModel(nn.Module):
         for layer_id, space, mask in self.registry.forget_task(task):
             layer, bank = by_id[layer_id]
             size = next(part.unit_bytes for part in layer.spaces if part.name == space)
-            bank.load_values(space, mask, torch.zeros(mask.count * size // 4))
+            bank.load_values(space, mask, torch.zeros(mask.count * size // bank.dtype.itemsize))
             freed += mask.count * size
         for _, bank in self._layers():
             bank.forget(task)
@@ -252,22 +252,22 @@ class MosesModel(nn.Module):
     def owned_values(self) -> dict[int, bytes]:
         """For every ended task, the bytes of the values that it owns, in the registry's order."""
         return {
-            task.id: self.task_values(task.id).numpy().tobytes()
+            task.id: self.task_values(task.id).view(torch.uint8).numpy().tobytes()
             for task in self.registry.tasks()
             if task.state == "ended"
         }
 
     def task_values(self, task: int) -> Tensor:
-        """(values,) float32 that `task` owns (is the first live task to use)."""
+        """(values,) of the config's `weight_dtype` that `task` owns (is the first live task to use)."""
         parts = [
             bank.values(space.name, self.registry.owned(task, layer.id, space.name))
             for layer, bank in self._layers()
             for space in layer.spaces
         ]
-        return torch.cat(parts) if parts else torch.zeros(0)
+        return torch.cat(parts)
 
     def task_tensors(self, task: int) -> dict[str, Tensor]:
-        """What a run folder holds of an ended task: `weights` (the values it owns), `router` (all its routers'), `head.*`; float32, on the CPU."""
+        """What a run folder holds of an ended task: `weights` (the values it owns), `router` (all its routers'), `head.*`, on the CPU."""
         tensors = {"weights": self.task_values(task), "router": self._router_values(task)}
         if self._head is not None:
             weight, bias = self._head.parts(task)

@@ -51,7 +51,7 @@ def attach(model: nn.Module, config: MosesConfig | None = None) -> MosesModel:
     context = TaskContext()
     registry = _core.Registry()
     model.requires_grad_(False)
-    head = install_head(model, context)
+    head = install_head(model, context, config.head_norm)
     gates: dict[str, Gates] = {}
     routers: dict[str, TaskRouter] = {}
     banks: dict[str, SubExpertLinear] = {}

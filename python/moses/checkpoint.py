@@ -97,7 +97,9 @@ def forget_task(path: str | PathLike[str], name: str) -> dict[str, Any]:
         task = registry.task(name)
         before = {info.id: read_tensors(store, adapter_file(info)) for info in registry.tasks()}
         values = {
-            info: tensors["weights"].numpy().tobytes() for info, tensors in before.items() if "weights" in tensors
+            info: tensors["weights"].view(torch.uint8).numpy().tobytes()
+            for info, tensors in before.items()
+            if "weights" in tensors
         }
         kept = {info.id: info for info in registry.tasks() if info.id != task.id}
         flat = {info: registry.assemble(info, values) for info in kept} if values else {}
@@ -113,9 +115,8 @@ def forget_task(path: str | PathLike[str], name: str) -> dict[str, Any]:
         put = {REGISTRY: registry.to_bytes()}
         for info in kept.values():
             if values and _owned(registry, info.id, used, flat[info.id]) != values[info.id]:
-                weights = torch.frombuffer(
-                    bytearray(_owned(registry, info.id, used, flat[info.id])), dtype=torch.float32
-                )
+                owned = bytearray(_owned(registry, info.id, used, flat[info.id]))
+                weights = torch.frombuffer(owned, dtype=before[info.id]["weights"].dtype)
                 put[adapter_file(info)] = write_safetensors(before[info.id] | {"weights": weights})
         stale = [file for file in (adapter_file(task), identifier_file(task)) if file in store.files()]
         store.commit(put, stale)

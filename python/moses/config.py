@@ -15,20 +15,9 @@ from .errors import ConfigError
 Granularity = Literal["rank", "element"]
 Budget = Literal["model", "tensor"]
 RouterScope = Literal["block", "layer"]
+WeightDtype = Literal["float32", "bfloat16", "float16"]
 Config = TypeVar("Config")
 Reuse = Literal["similar", "all", "none"]
-
-IDENTITY_FIELDS = (
-    "target_modules",
-    "num_experts",
-    "rank",
-    "top_k",
-    "alpha",
-    "granularity",
-    "router",
-    "router_dim",
-    "seed",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +33,17 @@ class MosesConfig:
         alpha: numerator of the scale alpha / rank of the update.
         candidates: free components of a linear map that a new task starts with, spread over its experts (`rank` only).
         granularity: what a mask selects: whole rank components (`rank`) or single weights (`element`).
+        weight_dtype: of the weights that tasks own, in memory and on disk. An open task trains float32 weights and computes with
+            them rounded, so that what was trained is what answers. Bytes, and so budgets, count in it.
         density: share of the bank's bytes that the first task may use.
         growth: share of the first task's budget that each later task may add as newly used bytes.
         budget: whether candidates compete over the whole `model`, or within each `tensor` as in the paper.
         warmup: share of a task's steps after which its candidates are cut to the budget.
-        reuse: which earlier sub-experts a new task starts from: those of the most `similar` task, of `all`, of `none`.
+        reuse: which earlier sub-experts a new task starts from: those of the `similar` task (in `moses.train` the one that serves its
+            training examples best), of `all`, of `none`.
         router: one router a `block` (shared by its linear maps) or one a `layer` (linear map).
         router_dim: width of the fixed random space that routers work in; `None` is the input's own width.
+        head_norm: whether what reaches a classification head is brought to zero mean and unit variance.
         seed: of every random initial value, of the projections and of the routers.
     """
 
@@ -61,6 +54,7 @@ class MosesConfig:
     alpha: float = 32.0
     candidates: int = 8
     granularity: Granularity = "rank"
+    weight_dtype: WeightDtype = "bfloat16"
     density: float = 0.1
     growth: float = 0.4
     budget: Budget = "model"
@@ -68,6 +62,7 @@ class MosesConfig:
     reuse: Reuse = "similar"
     router: RouterScope = "block"
     router_dim: int | None = 16
+    head_norm: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,9 +86,11 @@ class MosesConfig:
         check_real(self, "alpha", 0.0, float("inf"), open_low=True)
         for field, choices in (
             ("granularity", ("rank", "element")),
+            ("weight_dtype", ("float32", "bfloat16", "float16")),
             ("budget", ("model", "tensor")),
             ("reuse", ("similar", "all", "none")),
             ("router", ("block", "layer")),
+            ("head_norm", (True, False)),
         ):
             check_choice(self, field, choices)
 
@@ -120,7 +117,7 @@ class TrainConfig:
         template: `auto` uses the tokenizer's chat template where it has one, `chat` insists on it, `plain` gives the bare text.
         eval_batch_size: prompts a batch in evaluation.
         eval_limit: at most so many test items a task; `None` is all.
-        eval_rows: evaluate `all` rows of R, or the diagonal and the `final` row only (other cells are null).
+        eval_rows: evaluate `all` rows of R, or the `final` row only, and with the task given the diagonal (other cells are null).
         eval_modes: `til`, `tail`, or both.
         max_new_tokens: of a greedy answer; `None` is the longest training answer's length plus four.
         seed: of data order and of everything the method draws.
@@ -214,7 +211,7 @@ def check_real(config: object, field: str, low: float, high: float, open_low: bo
         raise _wrong(config, field, f"a number {'above' if open_low else 'from'} {low:g} to {high:g}")
 
 
-def check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
+def check_choice(config: object, field: str, choices: tuple[object, ...]) -> None:
     """Raise a `ConfigError` unless the field is one of `choices`."""
     if getattr(config, field) not in choices:
-        raise _wrong(config, field, f"one of {', '.join(choices)}")
+        raise _wrong(config, field, f"one of {', '.join(map(str, choices))}")

@@ -1,6 +1,8 @@
 """One classification head a task, for models without a language-model head.
 
-The head stands where the model's own classifier was; ended tasks' heads are buffers. A batch of several tasks gets
+The head stands where the model's own classifier was; ended tasks' heads are buffers. What reaches it is brought to zero mean and
+unit variance first: an encoder whose pooler was never trained hands on features of a hundredth of that (MiniLM's sentence
+encoder: 0.02), and every task would spend its steps on making its head's weights large. A batch of several tasks gets
 logits as wide as its widest head, with minus infinity beyond each row's own labels.
 """
 
@@ -18,14 +20,17 @@ _PATHS = ("classifier", "score", "classifier.out_proj", "classification_head.out
 
 
 class TaskHead(nn.Module):
-    """Heads of all tasks over `dim` features: weights (labels, dim) and biases (labels,), float32."""
+    """Heads of all tasks over `dim` features: weights (labels, dim) and biases (labels,), float32.
+
+    `normalise`: whether features are brought to zero mean and unit variance; runs from before it was done have none.
+    """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, dim: int, context: TaskContext, path: str, original: nn.Linear) -> None:
+    def __init__(self, dim: int, context: TaskContext, path: str, original: nn.Linear, normalise: bool) -> None:
         super().__init__()
-        self.dim, self.context = dim, context
+        self.dim, self.context, self.normalise = dim, context, normalise
         # Not a child: the model's own head takes no part until `detach` puts it back at `path`.
         self.replaced = (path, (original,))
         self.register_parameter("weight", None)
@@ -76,6 +81,8 @@ class TaskHead(nn.Module):
             ModelError: no task is active, and so there is no head.
         """
         groups = self.context.groups
+        if self.normalise:
+            x = F.layer_norm(x.float(), (self.dim,)).to(x.dtype)
         if not groups:
             raise ModelError(
                 "no task is active, and a model with a head a task has none of its own; use `with model.task(...)`",
@@ -95,7 +102,7 @@ class TaskHead(nn.Module):
         return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
-def install_head(model: nn.Module, context: TaskContext) -> TaskHead | None:
+def install_head(model: nn.Module, context: TaskContext, normalise: bool) -> TaskHead | None:
     """Put a `TaskHead` where the model's sequence classifier is; None for a model of another kind."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return None
@@ -105,7 +112,7 @@ def install_head(model: nn.Module, context: TaskContext) -> TaskHead | None:
         except AttributeError:
             continue
         if isinstance(module, nn.Linear):
-            head = TaskHead(module.in_features, context, path, module)
+            head = TaskHead(module.in_features, context, path, module, normalise)
             model.set_submodule(path, head)
             return head
     raise ModelError(

@@ -69,6 +69,10 @@ class RunConfig:
                     f"{CONFIG}: format_version is {version!r}, this moses reads {FORMAT_VERSION}",
                     code="unknown_version",
                 )
+            # runs from before there was a choice
+            fields["method_config"].setdefault("head_norm", False)
+            if fields["method"] == "moses":
+                fields["method_config"].setdefault("weight_dtype", "float32")
             stream = fields["stream"]
             if stream is not None:
                 stream = StreamSource(**{**stream, "tasks": tuple(stream["tasks"])})

@@ -22,6 +22,7 @@ from .answers import Answerer, TaskFormat, autocast
 from .attached import MosesModel
 from .checkpoint import is_run, load_base, load_method, model_source, read_config, task_files
 from .config import TrainConfig, from_settings, to_json
+from .donors import DonorProbe
 from .errors import ModelError, RunError
 from .evaluate import Evaluator, prompts
 from .methods import Method
@@ -114,7 +115,8 @@ class Session:
                 with self._counting(last):
                     row["til"] = evaluator.til_row(trained, columns, tick)
             if "tail" in modes:
-                row["tail"], row["confusion"] = evaluator.tail_row(trained, columns, tick)
+                whole = last or self.train_config.eval_rows == "all"
+                row["tail"], row["confusion"] = evaluator.tail_row(trained, columns if whole else (), tick)
         self.done.rows.append(row)
         self._commit_progress()
         self.write_results()
@@ -175,13 +177,10 @@ class Session:
                     parts[index] = row
         return torch.stack([part for part in parts if part is not None])
 
-    def most_similar(self, features: Tensor) -> str | None:
-        """The ended task that the identifier takes most of these prompts for; None before the first."""
-        if not self.ended:
-            return None
-        found = self.identifier.predict(features)
-        names = {info.id: info.name for info in self.method.registry.tasks()}
-        return names[found.tasks[int(found.probabilities.mean(0).argmax())]]
+    def donor(self, rows: Sequence[dict[str, Any]]) -> str | None:
+        """The ended task that a new one with these encoded training examples starts from; None is the base model."""
+        config = self.train_config
+        return DonorProbe(self.method, self.tokenizer, config.precision, config.eval_batch_size).best(rows)
 
     def commit_task(self, name: str, views: Views, similar: str | None) -> None:
         """Write an ended task: its tensors, the registry and the identifier's state, in one commit."""

@@ -160,8 +160,6 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     seed = stable_seed(config.seed, "task", index) % 2**32
     set_seed(seed)
     views = session.views_of(task)
-    similar = session.most_similar(views.features) if method.reads_similar else None
-    method.begin_task(task.name, task.domain, len(labels) if session.kind == "classifier" else None, similar)
     cuts = Cuts()
     rows = [
         encode_train(
@@ -177,6 +175,8 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     ]
     if cuts.cut:
         session.progress.say(f"{task.name}: {cuts}")
+    similar = session.donor(rows) if method.reads_similar else None
+    method.begin_task(task.name, task.domain, len(labels) if session.kind == "classifier" else None, similar)
     trainer_folder = session.path / TRAINER
     trainer = Trainer(
         model=method.model,

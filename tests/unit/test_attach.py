@@ -131,7 +131,7 @@ def test_budgets_hold_however_much_is_reused(granularity, tiny_model, tiny_batch
         begin(model, name)
         train_steps(model, tiny_batch("llama"), 2)
         model.end_task(name)
-    total = sum((linear.bank.d_in + linear.bank.d_out) * 32 * 4 for linear in model._banks().values())
+    total = sum((linear.bank.d_in + linear.bank.d_out) * 32 * 2 for linear in model._banks().values())
     new = [model.registry.new_bytes(info.id) for info in model.registry.tasks()]
     overlap = model.registry.overlap()
     assert 0.2 * total < new[0] <= 0.25 * total
@@ -331,3 +331,46 @@ def test_trainable_parameters_are_counted_as_in_peft(tiny_model):
     begin(model)
     trainable, total = model.get_nb_trainable_parameters()
     assert 0 < trainable < total
+
+
+@pytest.mark.parametrize("granularity", ["rank", "element"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_was_trained_answers_also_where_weights_are_rounded(granularity, dtype, tiny_model, tiny_batch):
+    config = moses.MosesConfig(rank=4, density=0.3, granularity=granularity, weight_dtype=dtype)
+    model, batch = moses.attach(tiny_model("llama"), config), tiny_batch("llama")
+    begin(model)
+    train_steps(model, batch, 2)
+    model.cut_task()
+    train_steps(model, batch, 2)
+    trained = logits(model, batch)
+    free = [p for name, p in model.named_parameters() if "free" in name]
+    assert free and all(parameter.dtype == torch.float32 for parameter in free), "the optimizer's weights are float32"
+    model.end_task("a")
+    with model.task("a"):
+        assert torch.equal(logits(model, batch), trained)
+    weights = model.task_tensors(0)["weights"]
+    assert weights.dtype == getattr(torch, dtype)
+    assert weights.numel() * weights.element_size() == model.registry.new_bytes(0)
+
+
+def test_rounded_weights_survive_a_move_to_another_dtype(tiny_model, tiny_batch):
+    model, batch = moses.attach(tiny_model("llama"), moses.MosesConfig(rank=4, density=0.3)), tiny_batch("llama")
+    begin(model)
+    train_steps(model, batch)
+    model.end_task("a")
+    hashed = model.registry.task("a").content_hash
+    model.to(torch.float64)
+    assert model.registry.content_hash(0, model.owned_values()) == hashed
+
+
+def test_a_head_reads_features_of_unit_size_unless_told_otherwise(tiny_model, tiny_batch):
+    batch = tiny_batch("bert")
+    seen = {}
+    for norm in (True, False):
+        model = moses.attach(tiny_model("bert"), moses.MosesConfig(head_norm=norm))
+        begin(model)
+        with torch.no_grad():
+            model.bert.pooler.dense.weight.mul_(1e-3)
+            model.bert.pooler.dense.bias.zero_()
+        seen[norm] = logits(model, batch).std()
+    assert seen[True] > 100 * seen[False] > 0

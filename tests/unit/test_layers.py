@@ -26,7 +26,7 @@ LAYERS = (
     ("methods",),
     ("run_config", "answers"),
     ("checkpoint", "results", "evaluate"),
-    ("progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
+    ("donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
     ("session",),
     ("training", "generate"),
     ("cli", "__main__"),

@@ -21,17 +21,17 @@ class Method(ABC):
     Attributes:
         name: as on the command line.
         config_class: frozen dataclass of its settings.
-        reads_similar: whether `begin_task` makes use of an earlier task that is named as the most similar.
         config: its settings.
+        reads_similar: whether `begin_task` makes use of an earlier task that is named as the most similar.
         model: the model that is trained and answers.
         registry: the tasks so far; for `moses` also layers, experts and masks.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[Any]]
-    reads_similar: ClassVar[bool] = False
 
     config: Any
+    reads_similar: bool = False
     model: nn.Module
     registry: _core.Registry
 

@@ -24,13 +24,13 @@ class MosesMethod(Method):
 
     name = "moses"
     config_class = MosesConfig
-    reads_similar = True
     model: MosesModel
 
     def __init__(self, model: nn.Module, config: MosesConfig) -> None:
         self.config = config
         self.model = model if isinstance(model, MosesModel) else attach(model, config)
         self.registry = self.model.registry
+        self.reads_similar = config.reuse == "similar"
 
     def begin_task(self, name: str, domain: str | None, num_labels: int | None, similar_to: str | None) -> None:
         self.model.begin_task(name, domain=domain, num_labels=num_labels, similar_to=similar_to)

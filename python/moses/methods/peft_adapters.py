@@ -28,6 +28,7 @@ class PeftMethodConfig:
         rank: of LoRA's or VeRA's matrices.
         alpha: numerator of LoRA's scale; None is twice the rank.
         target_modules: as in `MosesConfig`; the same linear maps by default.
+        head_norm: as in `MosesConfig`.
         seed: of the adapters' and heads' initial values.
     """
 
@@ -35,11 +36,13 @@ class PeftMethodConfig:
     rank: int = 8
     alpha: float | None = None
     target_modules: tuple[str, ...] | str | None = None
+    head_norm: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         as_tuple(self, "target_modules")
         check_choice(self, "adapter", ("lora", "vera", "ia3"))
+        check_choice(self, "head_norm", (True, False))
         check_int(self, "rank", 1)
         check_int(self, "seed", 0)
         if self.alpha is not None:
@@ -63,7 +66,7 @@ class PeftAdapters:
         self.context = TaskContext()
         self.paths = find_targets(model, config.target_modules)
         model.requires_grad_(False)
-        self.head: TaskHead | None = install_head(model, self.context)
+        self.head: TaskHead | None = install_head(model, self.context, config.head_norm)
         self.base = model
         self.model: nn.Module = model
 

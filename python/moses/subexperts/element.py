@@ -19,18 +19,19 @@ class ElementBank(nn.Module):
     """N experts of rank R beside a D_out x D_in map, masked weight by weight.
 
     Attributes:
-        frozen_A, frozen_B: (N*R, D_in) and (N*R, D_out) float32 buffers with the used weights' values.
+        frozen_A, frozen_B: (N*R, D_in) and (N*R, D_out) buffers with the used weights' values, of `dtype`.
         free_A, free_B, score_A, score_B: the open task's parameters of the same shapes; None between tasks.
     """
 
     frozen_A: Tensor
     frozen_B: Tensor
 
-    def __init__(self, d_out: int, d_in: int, num_experts: int, rank: int) -> None:
+    def __init__(self, d_out: int, d_in: int, num_experts: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.d_out, self.d_in, self.rank, self.num_experts = d_out, d_in, rank, num_experts
-        self.register_buffer("frozen_A", torch.zeros(num_experts * rank, d_in))
-        self.register_buffer("frozen_B", torch.zeros(num_experts * rank, d_out))
+        self.dtype = dtype
+        self.register_buffer("frozen_A", torch.zeros(num_experts * rank, d_in, dtype=dtype))
+        self.register_buffer("frozen_B", torch.zeros(num_experts * rank, d_out, dtype=dtype))
         for kind in ("free", "score"):
             for space in SPACES:
                 self.register_parameter(f"{kind}_{space}", None)
@@ -46,7 +47,7 @@ class ElementBank(nn.Module):
     @property
     def spaces(self) -> list[tuple[str, int, int]]:
         """(name, units an expert, bytes a unit) of each mask space, for the registry."""
-        size = self.frozen_A.element_size()
+        size = self.dtype.itemsize
         return [("A", self.rank * self.d_in, size), ("B", self.rank * self.d_out, size)]
 
     def open(
@@ -63,8 +64,8 @@ class ElementBank(nn.Module):
             bound = self.d_in**-0.5 if space == "A" else 0.0
             start = (torch.rand(frozen.shape, generator=generator) * 2 - 1) * bound
             scores = torch.rand(frozen.shape, generator=generator) * self.d_in**-0.5
-            setattr(self, f"free_{space}", nn.Parameter(start.to(frozen)))
-            setattr(self, f"score_{space}", nn.Parameter(scores.to(frozen)))
+            setattr(self, f"free_{space}", nn.Parameter(start.to(frozen.device)))
+            setattr(self, f"score_{space}", nn.Parameter(scores.to(frozen.device)))
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ class ElementBank(nn.Module):
         masks = {}
         for space in SPACES:
             frozen, new = self._frozen(space), self._mask[space] & ~self._used[space]
-            frozen[new] = getattr(self, f"free_{space}")[new].to(frozen)
+            frozen[new] = getattr(self, f"free_{space}")[new].to(self.dtype).to(frozen)
             masks[space] = _core.Mask.from_bool(self._mask[space].flatten().cpu().numpy())  # type: ignore[arg-type]
         self.drop()
         return masks
@@ -135,7 +136,7 @@ class ElementBank(nn.Module):
 
     def _open_weight(self, space: str) -> Tensor:
         free, score, mask = getattr(self, f"free_{space}"), getattr(self, f"score_{space}"), self._mask[space]
-        weight = torch.where(self._used[space], self._frozen(space), free)
+        weight = torch.where(self._used[space], self._frozen(space), free.to(self.dtype).to(self._frozen(space).dtype))
         through = mask.to(weight.dtype)
         if self.learning_masks:
             through = through + (score - score.detach())
@@ -149,9 +150,9 @@ class ElementBank(nn.Module):
         self.frozen_B = torch.cat([self.frozen_B, self.frozen_B.new_zeros(rows, self.d_out)])
 
     def values(self, space: str, mask: _core.Mask) -> Tensor:
-        """Frozen values of the units of `mask`, (units,) float32 on the CPU, in the registry's order."""
+        """Frozen values of the units of `mask`, (units,) of `dtype` on the CPU, in the registry's order."""
         frozen = self._frozen(space)
-        return frozen[mask_bits(mask, frozen)].cpu()
+        return frozen[mask_bits(mask, frozen)].to(self.dtype).cpu()
 
     @torch.no_grad()
     def load_values(self, space: str, mask: _core.Mask, values: Tensor) -> None:

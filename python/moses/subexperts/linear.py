@@ -23,9 +23,10 @@ Bank = RankBank | ElementBank
 
 def make_bank(config: MosesConfig, d_out: int, d_in: int) -> Bank:
     """An empty bank of the config's granularity."""
+    dtype: torch.dtype = getattr(torch, config.weight_dtype)
     if config.granularity == "rank":
-        return RankBank(d_out, d_in, config.num_experts, config.rank, config.candidates)
-    return ElementBank(d_out, d_in, config.num_experts, config.rank)
+        return RankBank(d_out, d_in, config.num_experts, config.rank, config.candidates, dtype)
+    return ElementBank(d_out, d_in, config.num_experts, config.rank, dtype)
 
 
 class Gates:

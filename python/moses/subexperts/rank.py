@@ -36,8 +36,9 @@ class RankBank(nn.Module):
     """N experts of rank R beside a D_out x D_in map, masked by component.
 
     Attributes:
-        frozen_A, frozen_B: (N*R, D_in) and (N*R, D_out) float32 buffers with the used components' values.
-        free_A, free_B: the open task's candidates, (F, D_in) and (F, D_out) parameters; None between tasks.
+        dtype: of the values that tasks own. It stays when the model is moved to another dtype.
+        frozen_A, frozen_B: (N*R, D_in) and (N*R, D_out) buffers with the used components' values.
+        free_A, free_B: the open task's candidates, (F, D_in) and (F, D_out) float32 parameters; None between tasks.
     """
 
     frozen_A: Tensor
@@ -45,11 +46,12 @@ class RankBank(nn.Module):
     free_A: nn.Parameter | None
     free_B: nn.Parameter | None
 
-    def __init__(self, d_out: int, d_in: int, num_experts: int, rank: int, candidates: int) -> None:
+    def __init__(self, d_out: int, d_in: int, num_experts: int, rank: int, candidates: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.d_out, self.d_in, self.rank, self.num_experts, self.candidates = d_out, d_in, rank, num_experts, candidates
-        self.register_buffer("frozen_A", torch.zeros(num_experts * rank, d_in))
-        self.register_buffer("frozen_B", torch.zeros(num_experts * rank, d_out))
+        self.dtype = dtype
+        self.register_buffer("frozen_A", torch.zeros(num_experts * rank, d_in, dtype=dtype))
+        self.register_buffer("frozen_B", torch.zeros(num_experts * rank, d_out, dtype=dtype))
         self.register_parameter("free_A", None)
         self.register_parameter("free_B", None)
         self._views: dict[int, _View] = {}
@@ -59,7 +61,7 @@ class RankBank(nn.Module):
     @property
     def spaces(self) -> list[tuple[str, int, int]]:
         """(name, units an expert, bytes a unit) of each mask space, for the registry."""
-        return [(SPACE, self.rank, (self.d_in + self.d_out) * self.frozen_A.element_size())]
+        return [(SPACE, self.rank, (self.d_in + self.d_out) * self.dtype.itemsize)]
 
     def open(
         self, task: int, fresh: dict[str, _core.Mask], reused: dict[str, _core.Mask], generator: torch.Generator
@@ -74,8 +76,8 @@ class RankBank(nn.Module):
         kept = torch.arange(len(units), device=device)
         self._candidates = _Candidates(units, mask_units(reused[SPACE], device), kept)
         start = (torch.rand(len(units), self.d_in, generator=generator) * 2 - 1) * self.d_in**-0.5
-        self.free_A = nn.Parameter(start.to(self.frozen_A))
-        self.free_B = nn.Parameter(torch.zeros(len(units), self.d_out, dtype=self.frozen_B.dtype, device=device))
+        self.free_A = nn.Parameter(start.to(device))
+        self.free_B = nn.Parameter(torch.zeros(len(units), self.d_out, device=device))
 
     def _spread(self, free: Tensor) -> Tensor:
         """The candidates among the free units, ascending: every expert's first, then every expert's second, and so on."""
@@ -113,8 +115,8 @@ class RankBank(nn.Module):
         """Copy the kept candidates into the frozen buffers; the task's masks, reused units included."""
         candidates, A, B = self._opened()
         new = candidates.fresh[candidates.kept]
-        self.frozen_A[new] = A[candidates.kept].to(self.frozen_A)
-        self.frozen_B[new] = B[candidates.kept].to(self.frozen_B)
+        self.frozen_A[new] = A[candidates.kept].to(self.dtype).to(self.frozen_A)
+        self.frozen_B[new] = B[candidates.kept].to(self.dtype).to(self.frozen_B)
         units = torch.cat([candidates.reused, new]).cpu().tolist()
         self.drop()
         return {SPACE: _core.Mask.from_indices(self.num_experts * self.rank, sorted(units))}
@@ -141,8 +143,9 @@ class RankBank(nn.Module):
         if task == self.open_task:
             candidates, free_A, free_B = self._opened()
             reused, kept = candidates.reused, candidates.kept
-            A = torch.cat([self.frozen_A[reused], free_A[kept]])
-            B = torch.cat([self.frozen_B[reused], free_B[kept]])
+            # rounded as they will be frozen: what is trained is what answers
+            A = torch.cat([self.frozen_A[reused], free_A[kept].to(self.dtype).to(self.frozen_A.dtype)])
+            B = torch.cat([self.frozen_B[reused], free_B[kept].to(self.dtype).to(self.frozen_B.dtype)])
             return A, B, torch.cat([reused, candidates.fresh[kept]]) // self.rank
         view = self._views[task]
         if view.units.device != self.frozen_A.device:
@@ -157,9 +160,9 @@ class RankBank(nn.Module):
         self.frozen_B = torch.cat([self.frozen_B, self.frozen_B.new_zeros(rows, self.d_out)])
 
     def values(self, space: str, mask: _core.Mask) -> Tensor:
-        """Frozen values of the units of `mask`, (units * (D_in + D_out),) float32 on the CPU, in the registry's order."""
+        """Frozen values of the units of `mask`, (units * (D_in + D_out),) of `dtype` on the CPU, in the registry's order."""
         units = mask_units(mask, self.frozen_A.device)
-        return torch.cat([self.frozen_A[units], self.frozen_B[units]], dim=1).flatten().cpu()
+        return torch.cat([self.frozen_A[units], self.frozen_B[units]], dim=1).flatten().to(self.dtype).cpu()
 
     @torch.no_grad()
     def load_values(self, space: str, mask: _core.Mask, values: Tensor) -> None:
