@@ -17,26 +17,32 @@ from ._core import Mask, Registry
 from .errors import MosesError
 
 if TYPE_CHECKING:
+    from . import ops
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
+    from .plan import DispatchPlan, dispatch_plan
     from .stream import load_stream
     from .training import Run, train
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "DispatchPlan": "plan",
     "MosesConfig": "config",
     "TrainConfig": "config",
     "attach": "attachment",
     "detach": "attachment",
+    "dispatch_plan": "plan",
     "load": "checkpoint",
     "load_stream": "stream",
     "Run": "training",
     "train": "training",
 }
+_LAZY_MODULES = ("ops",)
 
 __all__ = [
+    "DispatchPlan",
     "Mask",
     "MosesConfig",
     "MosesError",
@@ -45,13 +51,17 @@ __all__ = [
     "TrainConfig",
     "attach",
     "detach",
+    "dispatch_plan",
     "load",
     "load_stream",
+    "ops",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'moses' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
@@ -60,4 +70,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

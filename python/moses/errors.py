@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigError",
+    "DispatchError",
     "FormatError",
     "ModelError",
     "MosesError",
@@ -49,6 +50,12 @@ class ModelError(MosesError):
     """The model does not fit: its architecture, its fingerprint, its context."""
 
     code = "model"
+
+
+class DispatchError(MosesError):
+    """Routes, a plan and rows do not fit each other, or an id is out of range."""
+
+    code = "dispatch"
 
 
 class RegistryError(MosesError):

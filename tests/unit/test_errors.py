@@ -15,7 +15,16 @@ import moses.errors
 from moses._core import Mask, Registry, Store, error_codes, hash_buffers, safetensors_header
 from moses.errors import MosesError
 
-TREE = ["ConfigError", "StreamError", "ModelError", "RegistryError", "StoreError", "FormatError", "RunError"]
+TREE = [
+    "ConfigError",
+    "StreamError",
+    "ModelError",
+    "DispatchError",
+    "RegistryError",
+    "StoreError",
+    "FormatError",
+    "RunError",
+]
 
 
 def registry() -> Registry:

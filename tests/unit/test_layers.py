@@ -16,6 +16,8 @@ ROOT = Path(moses.__file__).parent
 LAYERS = (
     ("errors", "_core", "seeds", "run_files", "tensorfile", "ranks"),
     ("config",),
+    ("plan",),
+    ("ops",),
     ("sari", "stream", "metrics"),
     ("models", "targets", "context"),
     ("router",),
