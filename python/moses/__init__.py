@@ -17,7 +17,7 @@ from ._core import Mask, Registry
 from .errors import MosesError
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import ops, routers
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
@@ -39,7 +39,7 @@ _LAZY = {
     "Run": "training",
     "train": "training",
 }
-_LAZY_MODULES = ("ops",)
+_LAZY_MODULES = ("ops", "routers")
 
 __all__ = [
     "DispatchPlan",
@@ -55,6 +55,7 @@ __all__ = [
     "load",
     "load_stream",
     "ops",
+    "routers",
     "train",
 ]
 

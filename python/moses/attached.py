@@ -19,7 +19,7 @@ from .config import MosesConfig
 from .context import Group, TaskContext, groups_by_task
 from .errors import FormatError, RegistryError
 from .heads import TaskHead
-from .router import TaskRouter
+from .routers import TaskRouter
 from .seeds import stable_seed
 from .selection import bank_bytes, select_candidates
 from .subexperts import Bank, SubExpertLinear

@@ -15,7 +15,7 @@ from .config import MosesConfig
 from .context import TaskContext
 from .errors import ModelError
 from .heads import install_head
-from .router import TaskRouter
+from .routers import TaskRouter
 from .seeds import stable_seed
 from .subexperts import SubExpertLinear, make_bank
 from .subexperts.linear import Gates

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moses.context import Group, TaskContext, groups_by_task
 from moses.errors import ModelError
-from moses.router import TaskRouter, topk_gates
+from moses.routers.task import TaskRouter, topk_gates
 
 
 def reference_gates(logits, top_k):

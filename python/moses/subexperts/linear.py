@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import MosesConfig
 from ..context import TaskContext
-from ..router import TaskRouter
+from ..routers import TaskRouter
 from .element import ElementBank
 from .rank import RankBank
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context import TaskContext
-from .errors import ModelError
-from .seeds import stable_seed
+from ..context import TaskContext
+from ..routes import RouterOutput, Routes, expert_load
+from ..seeds import stable_seed
+from .topk_of import check_finite, stable_topk
 
 TOKEN_SPREAD = 0.1  # deviation of a fresh router's weights on the token, beside 1 of its bias
 
@@ -32,8 +33,7 @@ def topk_gates(logits: Tensor, top_k: int) -> Tensor:
     probabilities = logits.softmax(-1)
     if top_k >= logits.shape[-1]:
         return probabilities
-    ranked = torch.sort(probabilities, dim=-1, descending=True, stable=True)
-    values, experts = ranked.values[..., :top_k], ranked.indices[..., :top_k]
+    values, experts = stable_topk(probabilities, top_k)
     return torch.zeros_like(probabilities).scatter(-1, experts, values / values.sum(-1, keepdim=True))
 
 
@@ -128,7 +128,27 @@ class TaskRouter(nn.Module):
         """
         return tuple(self._gates(group.take(x), group.task) for group in self.context.groups)
 
+    def route(self, x_TD: Tensor, task: int) -> RouterOutput:
+        """Route (T, dim) tokens for one task.
+
+        Raises:
+            ModelError: as `forward`.
+        """
+        logits = self._logits(x_TD, task)
+        values, ids = stable_topk(logits.softmax(-1), min(self.top_k, logits.shape[-1]))
+        return RouterOutput(
+            Routes(ids, values / values.sum(-1, keepdim=True)), logits, expert_load(ids, self.num_experts)
+        )
+
     def _gates(self, x: Tensor, task: int) -> Tensor:
+        gates = topk_gates(self._logits(x, task), self.top_k)
+        if self.context.counts is not None:
+            used = (gates.detach() > 0).flatten(0, -2).sum(0).cpu()
+            key = (task, self.name)
+            self.context.counts[key] = self.context.counts.get(key, 0) + used
+        return gates
+
+    def _logits(self, x: Tensor, task: int) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x if x.dtype == torch.float64 else x.float()
             # Standardised, so that a block's depth (the residual stream grows with it) does not set the router's temperature.
@@ -136,22 +156,4 @@ class TaskRouter(nn.Module):
             if self.projection is not None:
                 x = x @ self.projection.to(x.dtype)
             weight = self.task_weight(task).to(x.dtype)
-            logits = F.linear(x, weight[:, :-1], weight[:, -1])
-            self._check(logits)
-            gates = topk_gates(logits, self.top_k)
-        if self.context.counts is not None:
-            used = (gates.detach() > 0).flatten(0, -2).sum(0).cpu()
-            key = (task, self.name)
-            self.context.counts[key] = self.context.counts.get(key, 0) + used
-        return gates
-
-    def _check(self, logits: Tensor) -> None:
-        finite = torch.isfinite(logits).all()
-        if logits.device.type != "cpu" or torch.compiler.is_compiling():
-            torch._assert_async(finite, "the router's logits are not finite")
-        elif not bool(finite):
-            raise ModelError(
-                f"router {self.name} got logits that are not finite; the model's activations overflow: lower the learning rate "
-                "or use a wider dtype",
-                code="router_not_finite",
-            )
+            return check_finite(F.linear(x, weight[:, :-1], weight[:, -1]), f"router {self.name}")

@@ -1,0 +1,334 @@
+"""Every rule equals its paper's formula, token by token, in float32 whatever the model computes in."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from moses import routers
+from moses.errors import ConfigError, DispatchError, ModelError
+from moses.loss import balance_loss, importance_loss, squared_variation, z_loss
+from moses.routers.dense import dense_reference
+from moses.routers.expert_choice import expert_choice_reference
+from moses.routers.gshard import gshard_reference
+from moses.routers.noisy_topk import smooth_load, smooth_load_reference
+from moses.routers.random import draw_table
+from moses.routers.switch import switch_loss_reference
+from moses.routers.topk import topk_reference
+from moses.routers.topk_of import check_finite, stable_topk
+from moses.routes import RouterOutput, Routes, expert_load
+
+D, E = 6, 8
+MAKERS = {
+    "dense": lambda: routers.DenseRouter(D, E),
+    "noisy": lambda: routers.NoisyTopKRouter(D, E, 2),
+    "gshard": lambda: routers.GShardRouter(D, E),
+    "switch": lambda: routers.SwitchRouter(D, E),
+    "topk": lambda: routers.TopKRouter(D, E, 3, z_weight=1e-3),
+    "topk_after": lambda: routers.TopKRouter(D, E, 3, scoring="softmax_after"),
+    "sigmoid": lambda: routers.TopKRouter(D, E, 2, scoring="sigmoid", bias=True, num_groups=4, top_groups=2, scale=2.5),
+    "choice": lambda: routers.ExpertChoiceRouter(D, E),
+}
+
+
+def made(name, seed=0):
+    torch.manual_seed(seed)
+    router = MAKERS[name]()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    return router
+
+
+def tokens(count=20, seed=1, dtype=torch.float32):
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pairs(routes):
+    return [
+        list(zip(ids, ws, strict=True))
+        for ids, ws in zip(routes.expert_ids.tolist(), routes.weights.tolist(), strict=True)
+    ]
+
+
+def assert_routes(found, wanted, tolerance=1e-6):
+    assert [[expert for expert, _ in row] for row in found] == [[expert for expert, _ in row] for row in wanted]
+    for row, other in zip(found, wanted, strict=True):
+        assert [w for _, w in row] == pytest.approx([w for _, w in other], rel=tolerance)
+
+
+@given(st.data(), st.integers(1, 24), st.integers(1, 5))
+def test_topk_takes_the_lower_id_among_equals(data, experts, rows):
+    top_k = data.draw(st.integers(1, experts))
+    values = data.draw(st.lists(st.integers(-2, 2), min_size=experts * rows, max_size=experts * rows))
+    scores = torch.tensor(values, dtype=torch.float32).view(rows, experts)
+    found, ids = stable_topk(scores, top_k)
+    for row, chosen, best in zip(scores.tolist(), ids.tolist(), found.tolist(), strict=True):
+        assert chosen == sorted(range(experts), key=lambda expert: (-row[expert], expert))[:top_k]
+        assert best == [row[expert] for expert in chosen]
+
+
+def test_dense_is_the_softmax_over_all():
+    router = made("dense")
+    output = router(tokens())
+    torch.testing.assert_close(output.routes.weights, torch.tensor(dense_reference(output.logits.tolist())))
+    assert output.routes.expert_ids.tolist() == [list(range(E))] * 20
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "softmax_after", "sigmoid"])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (2, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_topk_equals_its_reference(scoring, normalise, groups, bias):
+    torch.manual_seed(3)
+    router = routers.TopKRouter(
+        D, E, 3, scoring=scoring, normalise=normalise, scale=1.5, bias=bias, num_groups=groups[0], top_groups=groups[1]
+    )
+    if bias:
+        router.bias.copy_(torch.randn(E))
+    output = router(tokens(dtype=torch.float64))
+    wanted = topk_reference(
+        output.logits.tolist(), 3, scoring, normalise, 1.5, router.bias.tolist() if bias else None, *groups
+    )
+    assert_routes(pairs(output.routes), wanted, 1e-12)
+
+
+def test_gshard_equals_its_reference():
+    router = made("gshard")
+    torch.manual_seed(5)
+    output = router(tokens(200))
+    torch.manual_seed(5)
+    draws = torch.rand(200).tolist()
+    assert_routes(pairs(output.routes), gshard_reference(output.logits.softmax(-1).tolist(), draws), 1e-5)
+    assert (output.routes.expert_ids[:, 1] == -1).any() and (output.routes.expert_ids[:, 1] >= 0).any()
+    assert int(output.load.sum()) == int((output.routes.expert_ids >= 0).sum())
+    still = router.eval()(tokens(200))
+    assert (still.routes.expert_ids >= 0).all() and not still.routes.may_skip
+
+
+def test_switch_weighs_by_the_probability_and_its_loss_is_the_papers():
+    output = made("switch")(tokens(dtype=torch.float64))
+    probabilities = output.logits.softmax(-1)
+    assert torch.equal(output.routes.weights[:, 0], probabilities.max(-1).values)
+    assert output.losses["balance"].item() == pytest.approx(
+        0.01 * switch_loss_reference(probabilities.tolist()), rel=1e-12
+    )
+
+
+def test_noisy_topk_routes_and_losses_are_the_papers():
+    router = made("noisy").double()
+    x = tokens(30, dtype=torch.float64)
+    torch.manual_seed(7)
+    output = router(x)
+    torch.manual_seed(7)
+    spread = torch.nn.functional.softplus(x @ router.noise_weight.T).detach()
+    noisy = output.logits + torch.randn_like(output.logits) * spread
+    assert_routes(pairs(output.routes), topk_reference(noisy.tolist(), 2, "softmax_after"), 1e-12)
+    gates = torch.zeros(30, E, dtype=torch.float64).scatter(1, output.routes.expert_ids, output.routes.weights)
+    assert output.losses["importance"].item() == pytest.approx(0.1 * squared_variation(gates.sum(0)).item(), rel=1e-12)
+    load = smooth_load_reference(output.logits.tolist(), noisy.tolist(), spread.tolist(), 2)
+    assert smooth_load(output.logits, noisy, spread, 2).tolist() == pytest.approx(load, rel=1e-9)
+    assert output.losses["load"].item() == pytest.approx(
+        0.1 * float(squared_variation(torch.tensor(load, dtype=torch.float64))), rel=1e-9
+    )
+    quiet = router.eval()(x)
+    assert torch.equal(quiet.routes.expert_ids, stable_topk(quiet.logits, 2)[1]) and "load" not in quiet.losses
+
+
+def test_losses_on_cases_worked_out_by_hand():
+    even = torch.full((4, 2), 0.5)
+    assert float(balance_loss(even, torch.tensor([2, 2]))) == pytest.approx(1.0)
+    # f = (1, 0), P = (0.75, 0.25): 2 · 0.75
+    assert float(balance_loss(torch.tensor([[0.75, 0.25]] * 4), torch.tensor([4, 0]))) == pytest.approx(1.5)
+    # importance (3, 1): mean 2, variance 1, CV² = 1/4
+    assert float(importance_loss(torch.tensor([[0.75, 0.25]] * 4))) == pytest.approx(0.25)
+    # two equal logits of 0: log 2
+    assert float(z_loss(torch.zeros(3, 2))) == pytest.approx(math.log(2) ** 2)
+
+
+def test_expert_choice_fills_every_expert_with_its_best():
+    output = made("choice")(tokens(20))
+    wanted = expert_choice_reference(output.logits.softmax(-1).tolist(), 5)
+    plan = output.plan
+    chosen = (plan.order.view(E, 5) // E).tolist()
+    assert chosen == wanted and output.load.tolist() == [5] * E
+    assert torch.equal(
+        plan.order[plan.inverse[plan.inverse >= 0].long()], plan.inverse.ge(0).nonzero()[:, 0].to(plan.order.dtype)
+    )
+    assert ((output.routes.expert_ids >= 0) == (output.routes.weights > 0)).all()
+
+
+def test_random_routes_by_token_and_domain():
+    router = routers.RandomRouter(50, 3, 4, seed=1, layer="a")
+    ids = torch.arange(50)
+    output = router(torch.zeros(50, D), ids, 2)
+    assert set(output.routes.expert_ids.flatten().tolist()) <= {8, 9, 10, 11}
+    assert torch.equal(router.table, routers.RandomRouter(50, 3, 4, seed=1, layer="a").table)
+    assert not torch.equal(router.table, routers.RandomRouter(50, 3, 4, seed=1, layer="b").table)
+    domains = torch.arange(50) % 3
+    mixed = router(torch.zeros(50, D), ids, domains).routes.expert_ids[:, 0]
+    assert torch.equal(mixed // 4, domains)
+    with pytest.raises(DispatchError, match="token 1 has domain 3"):
+        router(torch.zeros(2, D), torch.tensor([0, 1]), torch.tensor([0, 3]))
+    with pytest.raises(DispatchError, match="token 0 has token 50"):
+        router(torch.zeros(1, D), torch.tensor([50]), 0)
+
+
+def test_a_balanced_table_shares_a_zipf_vocabulary_evenly():
+    counts = (1e6 / torch.arange(1, 2001)).long()
+    table = draw_table(2000, 8, 0, counts)
+    load = torch.zeros(8, dtype=torch.int64).scatter_add(0, table, counts).double()
+    # the most frequent id alone may be more than a share; here the largest is 1/8.2 of all
+    assert float(load.std(correction=0) / load.mean()) < 0.01
+    uniform = draw_table(2000, 8, 0)
+    spread = torch.zeros(8, dtype=torch.int64).scatter_add(0, uniform, counts).double()
+    assert float(spread.std(correction=0) / spread.mean()) > 0.2
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_half_precision_is_routed_in_float32_also_under_autocast(name):
+    router = made(name).eval()
+    x = tokens(100).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = router(x)
+    wide = router(x.float())
+    assert found.logits.dtype == found.routes.weights.dtype == torch.float32
+    assert torch.equal(found.routes.expert_ids, wide.routes.expert_ids) and torch.equal(
+        found.routes.weights, wide.routes.weights
+    )
+    assert made(name).double().eval()(x.double()).routes.weights.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_weights_have_gradients(name):
+    router = made(name).double().eval()
+    x = tokens(5, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: router(x).routes.weights, x)
+    output = router(x)
+    if output.losses:
+        assert torch.autograd.gradcheck(lambda x: router(x).loss, x)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_zero_tokens_and_any_leading_shape(name):
+    router = made(name).eval()
+    empty = router(torch.zeros(0, D))
+    assert empty.routes.num_tokens == 0 and int(empty.load.sum()) == 0 and math.isfinite(empty.loss.item())
+    x = tokens(12)
+    assert torch.equal(router(x.view(3, 4, D)).routes.expert_ids, router(x).routes.expert_ids)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_token(name, bad):
+    x = tokens(9)
+    x[4, 2] = bad
+    with pytest.raises(ModelError, match="token 4") as caught:
+        made(name)(x)
+    assert caught.value.code == "router_not_finite"
+
+
+@pytest.mark.parametrize("name", ["noisy", "gshard"])
+def test_recomputing_under_activation_checkpointing_routes_alike(name):
+    router = made(name)
+    seen = []
+
+    def layer(x):
+        output = router(x)
+        seen.append(output.routes.expert_ids)
+        return output.routes.weights.sum(-1, keepdim=True) * x
+
+    checkpoint(layer, tokens(60).requires_grad_(), use_reentrant=False).sum().backward()
+    assert len(seen) == 2 and torch.equal(*seen)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_routers_are_traced_without_a_graph_break(name):
+    router, x = made(name).eval(), tokens()
+    compiled = torch.compile(
+        lambda x: (lambda o: (o.routes.expert_ids, o.routes.weights, o.loss))(router(x)),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    eager = router(x)
+    ids, weights, loss = compiled(x)
+    assert (
+        torch.equal(ids, eager.routes.expert_ids)
+        and torch.equal(weights, eager.routes.weights)
+        and torch.equal(loss, eager.loss)
+    )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_routes_do_not_depend_on_threads(name):
+    router, x = made(name).eval(), tokens(5000)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(router(x).routes)
+        assert all(
+            torch.equal(r.expert_ids, found[0].expert_ids) and torch.equal(r.weights, found[0].weights) for r in found
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_bias_balances_a_skewed_input_without_a_loss():
+    torch.manual_seed(0)
+    router = routers.TopKRouter(D, E, 2, bias=True, balance_weight=0.0)
+    x = torch.randn(2000, D) + 2.0 * router.weight[0].detach()
+    first = router(x)
+    for _ in range(400):
+        router.update_bias(router(x).load, rate=0.01)
+    last = router(x)
+    assert not last.losses and float(first.load_variation) > 0.8 and float(last.load_variation) < 0.2
+    with pytest.raises(ConfigError):
+        routers.TopKRouter(D, E).update_bias(last.load)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: routers.TopKRouter(D, 4, 5),
+        lambda: routers.TopKRouter(D, 0, 1),
+        lambda: routers.TopKRouter(D, 8, 2, scoring="cosine"),
+        lambda: routers.TopKRouter(D, 8, 2, num_groups=3),
+        lambda: routers.TopKRouter(D, 8, 5, num_groups=4, top_groups=2),
+        lambda: routers.TopKRouter(D, 8, 2, z_weight=float("nan")),
+        lambda: routers.GShardRouter(D, 1),
+        lambda: routers.SwitchRouter(D, 4, jitter=1.0),
+        lambda: routers.NoisyTopKRouter(D, 4, 2, load_weight=-1.0),
+        lambda: routers.ExpertChoiceRouter(D, 4, 5.0),
+        lambda: routers.RandomRouter(10, 0, 2),
+        lambda: routers.RandomRouter(10, 2, 2, frequencies=[torch.ones(9), None]),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_construction(make):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert caught.value.code == "bad_setting"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_the_op_passes_opcheck():
+    torch.library.opcheck(torch.ops.moses.finite_logits.default, (torch.randn(3, 4, requires_grad=True), "a"))
+    assert torch.autograd.gradcheck(check_finite, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_outputs_are_immutable_and_say_what_they_are():
+    output = made("topk")(tokens())
+    with pytest.raises(AttributeError):
+        output.routes = None
+    with pytest.raises(TypeError):
+        output.losses["more"] = torch.zeros(())
+    assert "num_experts=8" in repr(output) and "balance, z" in repr(output) and "top_k=3" in repr(output.routes)
+    assert isinstance(output, RouterOutput)
+    assert expert_load(torch.tensor([[0, -1], [0, 2]]), 3).tolist() == [2, 0, 1]
+    with pytest.raises(DispatchError):
+        Routes(torch.zeros(2, 2), torch.zeros(2, 2))
