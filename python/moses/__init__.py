@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
+    from .moe import MoELayer
     from .plan import DispatchPlan, dispatch_plan
     from .stream import load_stream
     from .training import Run, train
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "DispatchPlan": "plan",
+    "MoELayer": "moe",
     "MosesConfig": "config",
     "TrainConfig": "config",
     "attach": "attachment",
@@ -44,6 +46,7 @@ _LAZY_MODULES = ("ops", "routers")
 __all__ = [
     "DispatchPlan",
     "Mask",
+    "MoELayer",
     "MosesConfig",
     "MosesError",
     "Registry",
