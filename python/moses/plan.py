@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
+from . import _core
+from .buffers import buffer, empty
 from .errors import DispatchError
 
 __all__ = ["DispatchPlan", "dispatch_plan", "dispatch_plan_reference"]
@@ -151,6 +153,35 @@ torch.library.define(
     "(Tensor expert_ids, int num_experts, int? capacity, bool pad) -> (Tensor order, Tensor inverse, Tensor offsets, Tensor counts)",
 )
 torch.library.impl("moses::dispatch_plan", "CompositeExplicitAutograd")(dispatch_plan_reference)
+
+
+def _plan_cpu(
+    expert_ids: Tensor, num_experts: int, capacity: int | None, pad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, top_k = expert_ids.shape
+    pairs = tokens * top_k
+    rows = num_rows(pairs, num_experts, capacity, pad)
+    dtype = index_dtype(pairs, rows)
+    if dtype != torch.int32:
+        return dispatch_plan_reference(expert_ids, num_experts, capacity, pad)
+    order, inverse = empty((rows,), dtype), empty((pairs,), dtype)
+    offsets, counts = empty((num_experts + 1,), torch.int64), empty((num_experts,), torch.int64)
+    _core.dispatch_plan(
+        buffer(expert_ids.contiguous()),
+        top_k,
+        num_experts,
+        capacity,
+        pad,
+        buffer(order),
+        buffer(inverse),
+        buffer(offsets),
+        buffer(counts),
+        torch.get_num_threads(),
+    )
+    return order, inverse, offsets, counts
+
+
+torch.library.impl("moses::dispatch_plan", "cpu")(_plan_cpu)
 
 
 def _fake(

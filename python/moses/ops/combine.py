@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _core
+from ..buffers import buffer, empty
 from ..errors import DispatchError
 from ..plan import DispatchPlan
-from .rows import accumulator, check_rows, register_vmap
+from .rows import accumulator, check_rows, combine_cpu, name_of, register_vmap
 
 LANES = 32  # partial sums of a dot product of two rows
 
@@ -90,6 +92,55 @@ torch.library.define(
 torch.library.impl("moses::combine", "CompositeExplicitAutograd")(combine_reference)
 torch.library.impl("moses::combine_backward_y", "CompositeExplicitAutograd")(combine_backward_y_reference)
 torch.library.impl("moses::combine_backward_weights", "CompositeExplicitAutograd")(combine_backward_weights_reference)
+
+
+def _combine_cpu(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
+    if order.dtype != torch.int32:
+        return combine_reference(y, order, inverse, weights)
+    out = empty((weights.shape[0], y.shape[1]), y.dtype)
+    combine_cpu(y, order, inverse, weights.shape[1], weights, out)
+    return out
+
+
+def _backward_y_cpu(grad: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
+    if order.dtype != torch.int32:
+        return combine_backward_y_reference(grad, order, inverse, weights)
+    out = empty((order.shape[0], grad.shape[1]), grad.dtype)
+    _core.combine_backward_rows(
+        name_of(grad.dtype),
+        buffer(grad.contiguous()),
+        grad.shape[1],
+        buffer(order),
+        buffer(inverse),
+        weights.shape[1],
+        buffer(weights.contiguous()),
+        buffer(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _backward_weights_cpu(grad: Tensor, y: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    if order.dtype != torch.int32:
+        return combine_backward_weights_reference(grad, y, order, inverse, top_k)
+    out = empty((inverse.shape[0] // top_k, top_k), accumulator(y.dtype))
+    _core.combine_backward_weights(
+        name_of(y.dtype),
+        buffer(grad.contiguous()),
+        buffer(y.contiguous()),
+        y.shape[1],
+        buffer(order),
+        buffer(inverse),
+        top_k,
+        buffer(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+torch.library.impl("moses::combine", "cpu")(_combine_cpu)
+torch.library.impl("moses::combine_backward_y", "cpu")(_backward_y_cpu)
+torch.library.impl("moses::combine_backward_weights", "cpu")(_backward_weights_cpu)
 
 
 def _combine_fake(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _core
+from ..buffers import buffer, empty
 from ..plan import DispatchPlan
-from .rows import accumulator, check_rows, register_vmap
+from .rows import accumulator, check_rows, combine_cpu, register_vmap
 
 
 def gather(x: Tensor, plan: DispatchPlan) -> Tensor:
@@ -52,6 +54,34 @@ torch.library.define("moses::gather", "(Tensor x, Tensor order, Tensor inverse, 
 torch.library.define("moses::gather_backward", "(Tensor grad, Tensor order, Tensor inverse, int top_k) -> Tensor")
 torch.library.impl("moses::gather", "CompositeExplicitAutograd")(gather_reference)
 torch.library.impl("moses::gather_backward", "CompositeExplicitAutograd")(gather_backward_reference)
+
+
+def _gather_cpu(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    if order.dtype != torch.int32:
+        return gather_reference(x, order, inverse, top_k)
+    out = empty((order.shape[0], x.shape[1]), x.dtype)
+    _core.gather(
+        buffer(x.contiguous()),
+        x.shape[1] * x.element_size(),
+        buffer(order),
+        buffer(inverse),
+        top_k,
+        buffer(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _gather_backward_cpu(grad: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    if order.dtype != torch.int32:
+        return gather_backward_reference(grad, order, inverse, top_k)
+    out = empty((inverse.shape[0] // top_k, grad.shape[1]), grad.dtype)
+    combine_cpu(grad, order, inverse, top_k, None, out)
+    return out
+
+
+torch.library.impl("moses::gather", "cpu")(_gather_cpu)
+torch.library.impl("moses::gather_backward", "cpu")(_gather_backward_cpu)
 
 
 def _gather_fake(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:

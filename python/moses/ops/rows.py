@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _core
+from ..buffers import buffer
 from ..errors import DispatchError
 from ..plan import DispatchPlan
 
@@ -35,6 +37,26 @@ def check_rows(name: str, rows: Tensor, plan: DispatchPlan[Any], wanted: int) ->
     else:
         return
     raise DispatchError(problem, code="dispatch_arguments")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The core's name of a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def combine_cpu(y: Tensor, order: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None, out: Tensor) -> None:
+    """The core's sum of a token's rows into `out`; without weights each is 1."""
+    _core.combine(
+        name_of(y.dtype),
+        buffer(y.contiguous()),
+        y.shape[1],
+        buffer(order),
+        buffer(inverse),
+        top_k,
+        None if weights is None else buffer(weights.contiguous()),
+        buffer(out),
+        torch.get_num_threads(),
+    )
 
 
 def register_vmap(op: str, rows: tuple[int, ...], matrix: bool = True) -> None:

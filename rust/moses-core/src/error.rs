@@ -13,6 +13,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Kind {
     /// The ledger was asked for what it does not have or must not do.
     Registry,
+    /// Routes, a plan and rows do not fit each other.
+    Dispatch,
     /// Bytes are damaged, hostile or of another version.
     Format,
     /// A run folder is locked, not there, read-only or lacks a file.
@@ -116,6 +118,19 @@ errors! {
     /// The ledger contradicts itself.
     Inconsistent { problem: String } "registry_inconsistent" Format
         "the registry contradicts itself: {problem}; restore it from a copy";
+
+    /// A routed id is no expert.
+    ExpertIdRange { token: u64, slot: u64, id: i64, num_experts: u64 } "expert_id_range" Dispatch
+        "token {token}, slot {slot} names expert {id} of {num_experts}: ids go from 0 to num_experts - 1";
+    /// Arguments of a plan, or of gather and combine, do not fit each other.
+    DispatchArguments { problem: String } "dispatch_arguments" Dispatch
+        "{problem}";
+    /// A plan that was not made by `dispatch_plan`.
+    PlanIndex { what: &'static str, place: u64, index: i64, length: u64 } "plan_index" Dispatch
+        "the plan's {what}[{place}] is {index} where -1 to {length} - 1 is allowed: make plans with dispatch_plan";
+    /// The result does not fit into memory.
+    OutOfMemory { bytes: u64 } "out_of_memory" Dispatch
+        "{bytes} bytes could not be allocated: use smaller batches";
 
     /// The bytes are of something else.
     Magic { what: &'static str } "format_magic" Format

@@ -1,4 +1,4 @@
-//! The part of moses that owns bytes, ids and masks.
+//! The part of moses that owns bytes, ids, masks and the CPU's dispatch.
 //!
 //! Guarantees: no unsafe code; no panic, hang or allocation beyond [`limits`] on any input; every error has a stable
 //! code ([`Error::code`]); the same input gives the same bytes on every machine and for any number of threads.
@@ -9,6 +9,10 @@ pub mod hash;
 pub mod id;
 pub mod limits;
 pub mod mask;
+pub mod parallel;
+pub mod permute;
+pub mod plan;
+pub mod pool;
 pub mod registry;
 pub mod shard;
 pub mod store;

@@ -44,3 +44,13 @@ pub const MAX_HEADER_BYTES: u64 = 16 << 20;
 pub const MAX_TENSORS: usize = 150_000;
 /// Dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 16;
+
+/// Experts of a dispatch plan: counts of that many are 128 MiB.
+pub const MAX_PLAN_EXPERTS: usize = 1 << 24;
+/// Routed pairs of a plan, and rows: both are indexed by int32.
+pub const MAX_PLAN_ROWS: usize = (1 << 31) - 1;
+/// Threads that a kernel splits its work over; more than any machine pays for.
+pub const MAX_THREADS: usize = 1 << 8;
+/// Bytes of free blocks that the pool keeps: one gather of 65,536 x 1,024 float32 rows for two experts each, with the sum
+/// and the gradient of it.
+pub const MAX_POOL_BYTES: usize = 1 << 30;

@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 pub(crate) fn class_name(kind: Kind) -> &'static str {
     match kind {
         Kind::Registry => "RegistryError",
+        Kind::Dispatch => "DispatchError",
         Kind::Format => "FormatError",
         Kind::Store => "StoreError",
         Kind::Io => "OSError",

@@ -3,6 +3,7 @@
 #![allow(missing_docs)] // The Python face is documented in python/moses/_core.pyi.
 
 mod buffer;
+mod dispatch;
 mod error;
 mod functions;
 mod mask;
@@ -13,6 +14,10 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::dispatch::{
+        Block, combine, combine_backward_rows, combine_backward_weights, dispatch_plan, gather, pool_bytes, pool_clear,
+    };
     #[pymodule_export]
     use super::functions::{atomic_write, blake3_hex, error_codes, hash_buffers, safetensors_header};
     #[pymodule_export]
