@@ -4,8 +4,6 @@
 //! them as 16-bit keys (32 where there are more experts); a scan over experts, then parts, gives every part its own
 //! cursors; each part then places its pairs. The result is the same for any number of parts.
 
-use std::sync::atomic::{AtomicI32, Ordering};
-
 use bytemuck::Pod;
 
 use crate::limits::{MAX_PLAN_EXPERTS, MAX_PLAN_ROWS, MAX_THREADS};
@@ -32,9 +30,8 @@ pub struct Request {
 /// Where the plan is written.
 #[derive(Debug)]
 pub struct Output<'a> {
-    /// The pair of each row, -1 where the row is empty. Atomic, since threads write to it at places of their own that are
-    /// not slices; a relaxed store is a plain move.
-    pub order: &'a [AtomicI32],
+    /// The pair of each row, -1 where the row is empty.
+    pub order: &'a mut [i32],
     /// The row of each pair, -1 where it is dropped.
     pub inverse: &'a mut [i32],
     /// The first row of each expert, and the end.
@@ -94,26 +91,34 @@ macro_rules! expert_ids {
 }
 expert_ids!(i64, i32, i16, i8, u8);
 
+/// An expert's number in as few bytes as hold it. `mask` makes any number an index below [`Key::SLOTS`], so that tables of
+/// that many entries need no check; ids are checked before.
 trait Key: Pod + Send + Sync {
+    /// Entries of a table over keys; a power of two.
+    const SLOTS: usize;
     fn of(index: usize) -> Self;
     fn index(self) -> usize;
 }
 
 macro_rules! keys {
-    ($($type:ty),+) => {
-        $(impl Key for $type {
+    ($($name:ident($type:ty) = $slots:expr),+) => {
+        $(#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+        #[repr(transparent)]
+        struct $name($type);
+        impl Key for $name {
+            const SLOTS: usize = $slots;
             #[inline(always)]
             fn of(index: usize) -> Self {
-                index as $type
+                Self(index as $type)
             }
             #[inline(always)]
             fn index(self) -> usize {
-                self as usize
+                self.0 as usize & ($slots - 1)
             }
         })+
     };
 }
-keys!(u16, u32);
+keys!(Tiny(u8) = 1 << 8, Small(u16) = 1 << 12, Middle(u16) = 1 << 16, Large(u32) = MAX_PLAN_EXPERTS);
 
 /// Writes the plan of `ids` (tokens x slots).
 ///
@@ -132,10 +137,11 @@ pub fn plan<I: ExpertId>(
     if lengths != (rows, ids.len(), experts.saturating_add(1), experts) {
         return Err(misfit(format!("the outputs have lengths {lengths:?}")));
     }
-    if experts <= 1 << 16 {
-        sort::<I, u16>(ids, request, output, threads, scratch)
-    } else {
-        sort::<I, u32>(ids, request, output, threads, scratch)
+    match experts {
+        0..=0x100 => sort::<I, Tiny>(ids, request, output, threads, scratch),
+        0x101..=0x1000 => sort::<I, Small>(ids, request, output, threads, scratch),
+        0x1001..=0x1_0000 => sort::<I, Middle>(ids, request, output, threads, scratch),
+        _ => sort::<I, Large>(ids, request, output, threads, scratch),
     }
 }
 
@@ -151,47 +157,79 @@ fn sort<I: ExpertId, K: Key>(
     let threads = if ids.len() < PARALLEL_PAIRS { 1 } else { threads.clamp(1, MAX_THREADS) };
     let part = part_length(ids.len(), threads);
     let parts = ids.len().div_ceil(part);
+    // tables are as long as keys can name, so that no access to them is out of range
+    let table = if experts <= Small::SLOTS { K::SLOTS } else { experts };
 
     let mut block = scratch.take(ids.len().saturating_mul(size_of::<K>()))?;
     let keys = bytemuck::cast_slice_mut::<_, K>(&mut block);
     let keys = keys.get_mut(..ids.len()).unwrap_or_default();
-    let mut cursors = vec![0_u32; parts.saturating_mul(experts)];
-    let jobs = ids.chunks(part).zip(keys.chunks_mut(part)).zip(cursors.chunks_mut(experts));
-    let counted = for_each(jobs.collect(), |((ids, keys), counts)| count(ids, keys, counts));
+    let mut cursors = vec![0_u32; parts.saturating_mul(table)];
+    let jobs = ids.chunks(part).zip(keys.chunks_mut(part)).zip(cursors.chunks_mut(table));
+    let counted: std::result::Result<(), ()> = for_each(jobs.collect(), |((ids, keys), counts)| {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || note(ids, keys, experts),
+        )?;
+        count(keys, counts);
+        Ok(())
+    });
     if counted.is_err() {
         scratch.give(block);
         return Err(first_bad(ids, request));
     }
 
-    let limits = scan(&mut cursors, request, offsets, counts);
-    let jobs = keys.chunks(part).zip(inverse.chunks_mut(part)).zip(cursors.chunks_mut(experts));
+    let limits = scan(&mut cursors, table, request, offsets, counts);
+    let regions = regions(order, &cursors, table, offsets, limits.as_deref());
+    let jobs = keys.chunks(part).zip(inverse.chunks_mut(part)).zip(cursors.chunks_mut(table)).zip(regions);
     let jobs = jobs.enumerate().map(|(number, job)| (number.wrapping_mul(part), job)).collect();
-    let placed = for_each(jobs, |(first, ((keys, inverse), cursors))| {
+    let placed = for_each(jobs, |(first, (((keys, inverse), cursors), mut regions))| {
         match &limits {
-            None => place(keys, first, inverse, cursors, order),
-            Some(limits) => place_within(keys, first, inverse, cursors, limits, order),
+            Some(limits) => place_within(keys, first, inverse, cursors, limits, &mut regions),
+            None => place(keys, first, inverse, cursors, &mut regions),
         }
         Ok(())
     });
     scratch.give(block);
-    if request.capacity.is_some() {
-        clear_empty_rows(order, offsets, counts);
-    }
     placed
 }
 
-/// Counts ids and notes them as keys; an error where one is no expert.
-fn count<I: ExpertId, K: Key>(ids: &[I], keys: &mut [K], counts: &mut [u32]) -> std::result::Result<(), ()> {
+/// Notes ids as keys; an error where one is no expert. Plain, so that it becomes vectors.
+#[inline(always)]
+fn note<I: ExpertId, K: Key>(ids: &[I], keys: &mut [K], experts: usize) -> std::result::Result<(), ()> {
     let mut bad = false;
     for (id, key) in ids.iter().zip(keys) {
         let index = id.index();
+        bad |= index >= experts;
         *key = K::of(index);
-        match counts.get_mut(index) {
-            Some(count) => *count = count.wrapping_add(1),
-            None => bad = true,
-        }
     }
     if bad { Err(()) } else { Ok(()) }
+}
+
+/// Counts keys. Four tables in turn where they are small: an expert named twice in a row would else wait for its own count.
+fn count<K: Key>(keys: &[K], counts: &mut [u32]) {
+    fn add(table: &mut [u32], index: usize) {
+        if let Some(count) = table.get_mut(index) {
+            *count = count.wrapping_add(1);
+        }
+    }
+    if K::SLOTS > Small::SLOTS || keys.len() < 4 * K::SLOTS {
+        keys.iter().for_each(|key| add(counts, key.index()));
+        return;
+    }
+    let mut tables = vec![0_u32; 3 * K::SLOTS];
+    let (second, rest) = tables.split_at_mut(K::SLOTS);
+    let (third, fourth) = rest.split_at_mut(K::SLOTS);
+    let (quads, rest) = keys.as_chunks::<4>();
+    for [a, b, c, d] in quads {
+        add(counts, a.index());
+        add(second, b.index());
+        add(third, c.index());
+        add(fourth, d.index());
+    }
+    rest.iter().for_each(|key| add(counts, key.index()));
+    for (count, ((b, c), d)) in counts.iter_mut().zip(second.iter().zip(third.iter()).zip(fourth.iter())) {
+        *count = count.wrapping_add(*b).wrapping_add(*c).wrapping_add(*d);
+    }
 }
 
 fn first_bad<I: ExpertId>(ids: &[I], request: &Request) -> Error {
@@ -208,10 +246,16 @@ fn first_bad<I: ExpertId>(ids: &[I], request: &Request) -> Error {
 
 /// Turns the parts' counts into their first rows; writes offsets and counts. With a capacity the result is the row at which
 /// each expert is full. Sums are of at most `MAX_PLAN_ROWS` rows: 32 bits hold them.
-fn scan(cursors: &mut [u32], request: &Request, offsets: &mut [i64], counts: &mut [i64]) -> Option<Vec<u32>> {
+fn scan(
+    cursors: &mut [u32],
+    table: usize,
+    request: &Request,
+    offsets: &mut [i64],
+    counts: &mut [i64],
+) -> Option<Vec<u32>> {
     let experts = request.num_experts;
     let mut next = vec![0_u32; experts];
-    for part in cursors.chunks(experts) {
+    for part in cursors.chunks(table) {
         next.iter_mut().zip(part).for_each(|(sum, count)| *sum = sum.wrapping_add(*count));
     }
     let capacity = request.capacity.map(|capacity| u32::try_from(capacity).unwrap_or(u32::MAX));
@@ -230,7 +274,7 @@ fn scan(cursors: &mut [u32], request: &Request, offsets: &mut [i64], counts: &mu
     if let Some(end) = offsets.last_mut() {
         *end = i64::from(row);
     }
-    for part in cursors.chunks_mut(experts) {
+    for part in cursors.chunks_mut(table) {
         match &limits {
             None => part.iter_mut().zip(&mut next).for_each(|(cursor, next)| {
                 let count = std::mem::replace(cursor, *next);
@@ -245,16 +289,51 @@ fn scan(cursors: &mut [u32], request: &Request, offsets: &mut [i64], counts: &mu
     limits
 }
 
-/// Gives every pair of a part its row. Keys are below the number of experts (counted), and cursors of parts do not meet.
-fn place<K: Key>(keys: &[K], first: usize, inverse: &mut [i32], cursors: &mut [u32], order: &[AtomicI32]) {
+/// The rows of every part and expert, as slices that do not meet, by part and then expert; empty rows are set to -1.
+fn regions<'a>(
+    order: &'a mut [i32],
+    cursors: &[u32],
+    table: usize,
+    offsets: &[i64],
+    limits: Option<&[u32]>,
+) -> Vec<Vec<&'a mut [i32]>> {
+    let experts = offsets.len().saturating_sub(1);
+    let parts = cursors.len().checked_div(table).unwrap_or(0);
+    let mut regions: Vec<Vec<&mut [i32]>> = (0..parts).map(|_| Vec::with_capacity(experts)).collect();
+    let start_of = |part: usize, expert: usize| {
+        let start = cursors.get(part.wrapping_mul(table).wrapping_add(expert));
+        start.copied().map_or(0, |start| start as usize)
+    };
+    let (mut rest, mut at) = (order, 0_usize);
+    let mut cut = |end: usize| {
+        let (taken, left) = std::mem::take(&mut rest).split_at_mut_checked(end.saturating_sub(at)).unwrap_or_default();
+        rest = left;
+        at = at.max(end);
+        taken
+    };
+    for expert in 0..experts {
+        let next = offsets.get(expert.wrapping_add(1)).map_or(0, |end| usize::try_from(*end).unwrap_or(0));
+        let full = limits.and_then(|limits| limits.get(expert)).map_or(next, |limit| *limit as usize);
+        for (part, list) in regions.iter_mut().enumerate() {
+            let following = part.wrapping_add(1);
+            list.push(cut(if following < parts { start_of(following, expert) } else { full }));
+        }
+        cut(next).fill(-1);
+    }
+    rest.fill(-1);
+    regions
+}
+
+/// Gives every pair of a part its row; `cursors` are the part's next rows.
+fn place<K: Key>(keys: &[K], first: usize, inverse: &mut [i32], cursors: &mut [u32], regions: &mut [&mut [i32]]) {
+    let mut slots: Vec<std::slice::IterMut<'_, i32>> = regions.iter_mut().map(|region| region.iter_mut()).collect();
     let mut pair = first as i32;
     for (key, row_of) in keys.iter().zip(inverse) {
-        if let Some(cursor) = cursors.get_mut(key.index()) {
-            let row = *cursor;
-            *cursor = row.wrapping_add(1);
-            *row_of = row as i32;
-            if let Some(slot) = order.get(row as usize) {
-                slot.store(pair, Ordering::Relaxed);
+        if let (Some(cursor), Some(slots)) = (cursors.get_mut(key.index()), slots.get_mut(key.index())) {
+            *row_of = *cursor as i32;
+            *cursor = cursor.wrapping_add(1);
+            if let Some(slot) = slots.next() {
+                *slot = pair;
             }
         }
         pair = pair.wrapping_add(1);
@@ -268,36 +347,25 @@ fn place_within<K: Key>(
     inverse: &mut [i32],
     cursors: &mut [u32],
     limits: &[u32],
-    order: &[AtomicI32],
+    regions: &mut [&mut [i32]],
 ) {
+    let mut slots: Vec<std::slice::IterMut<'_, i32>> = regions.iter_mut().map(|region| region.iter_mut()).collect();
     let mut pair = first as i32;
     for (key, row_of) in keys.iter().zip(inverse) {
-        if let (Some(cursor), Some(limit)) = (cursors.get_mut(key.index()), limits.get(key.index())) {
-            let row = *cursor;
-            if row < *limit {
-                *cursor = row.wrapping_add(1);
-                *row_of = row as i32;
-                if let Some(slot) = order.get(row as usize) {
-                    slot.store(pair, Ordering::Relaxed);
+        let index = key.index();
+        let tables = (cursors.get_mut(index), limits.get(index), slots.get_mut(index));
+        if let (Some(cursor), Some(limit), Some(slots)) = tables {
+            *row_of = -1;
+            if *cursor < *limit {
+                *row_of = *cursor as i32;
+                *cursor = cursor.wrapping_add(1);
+                if let Some(slot) = slots.next() {
+                    *slot = pair;
                 }
-            } else {
-                *row_of = -1;
             }
         }
         pair = pair.wrapping_add(1);
     }
-}
-
-/// Rows that no pair has: behind each expert's, and behind the last expert's.
-fn clear_empty_rows(order: &[AtomicI32], offsets: &[i64], counts: &[i64]) {
-    let clear = |from: i64, to: usize| {
-        let from = usize::try_from(from).unwrap_or(usize::MAX);
-        order.get(from..to).unwrap_or_default().iter().for_each(|row| row.store(-1, Ordering::Relaxed));
-    };
-    for ((begin, end), count) in offsets.iter().zip(offsets.iter().skip(1)).zip(counts) {
-        clear(begin.saturating_add(*count), usize::try_from(*end).unwrap_or(0));
-    }
-    clear(offsets.last().copied().unwrap_or(0), order.len());
 }
 
 #[cfg(test)]

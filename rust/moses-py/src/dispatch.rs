@@ -1,7 +1,6 @@
 //! Plans, gather and combine for Python: buffers in and out without copying, results in memory that is used again.
 
 use std::ffi::c_int;
-use std::sync::atomic::AtomicI32;
 
 use half::{bf16, f16};
 use moses_core::limits::MAX_POOL_BYTES;
@@ -100,12 +99,6 @@ impl Target {
         #[allow(clippy::mut_from_ref)]
         Ok(unsafe { std::slice::from_raw_parts_mut(pointer, bytes / size_of::<T>()) })
     }
-
-    fn atomics(&self) -> Result<&[AtomicI32]> {
-        let items = self.items::<i32>("order")?;
-        // SAFETY: an AtomicI32 has the layout of an i32, and the only access to these is through the result.
-        Ok(unsafe { std::slice::from_raw_parts(items.as_ptr().cast(), items.len()) })
-    }
 }
 
 fn read<'a, T: bytemuck::Pod>(bytes: &'a Bytes, what: &str) -> Result<&'a [T]> {
@@ -134,7 +127,7 @@ pub(crate) fn dispatch_plan(
     let request = Request { num_experts, top_k, capacity, pad };
     py.detach(|| {
         let output = Output {
-            order: order.atomics()?,
+            order: order.items("order")?,
             inverse: inverse.items("inverse")?,
             offsets: offsets.items("offsets")?,
             counts: counts.items("counts")?,
