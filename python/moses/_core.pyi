@@ -375,3 +375,87 @@ def hash_buffers(buffers: Sequence[tuple[str, Buffer]]) -> str:
 
 def error_codes() -> dict[str, str]:
     """Every code of the core, with the name of its class in `moses.errors`."""
+
+class Block:
+    """`bytes` bytes of memory from a pool, as a writable buffer aligned to 64; it goes back when nothing refers to it.
+
+    Raises `DispatchError` (`out_of_memory`).
+    """
+
+    def __init__(self, bytes: int) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def pool_bytes() -> int:
+    """Bytes of free memory that the pool keeps, at most 1 GiB."""
+
+def pool_clear() -> int:
+    """Gives the pool's free memory back to the system; the result is its bytes."""
+
+def dispatch_plan(
+    expert_ids: Buffer,
+    top_k: int,
+    num_experts: int,
+    capacity: int | None,
+    pad: bool,
+    order: Buffer,
+    inverse: Buffer,
+    offsets: Buffer,
+    counts: Buffer,
+    threads: int,
+) -> None:
+    """Writes the plan of (T, k) integers of 8 to 64 bits into `order` and `inverse` (int32), `offsets` and `counts` (int64).
+
+    Outputs are contiguous, writable and no memory of another argument. Raises `DispatchError` (`expert_id_range`,
+    `dispatch_arguments`, `out_of_memory`), `BufferError`.
+    """
+
+def gather(
+    x: Buffer, row_bytes: int, order: Buffer, inverse: Buffer, top_k: int, out: Buffer, threads: int
+) -> None:
+    """`moses::gather` on rows of `row_bytes` bytes; `order` and `inverse` are int32.
+
+    Raises `DispatchError` (`dispatch_arguments`, `plan_index`), `BufferError`.
+    """
+
+def combine(
+    dtype: str,
+    y: Buffer,
+    width: int,
+    order: Buffer,
+    inverse: Buffer,
+    top_k: int,
+    weights: Buffer | None,
+    out: Buffer,
+    threads: int,
+) -> None:
+    """`moses::combine` on rows of `width` items of `dtype`, bfloat16 and float16 as 16-bit integers; None weighs each by 1.
+
+    Raises as `gather`.
+    """
+
+def combine_backward_rows(
+    dtype: str,
+    grad: Buffer,
+    width: int,
+    order: Buffer,
+    inverse: Buffer,
+    top_k: int,
+    weights: Buffer,
+    out: Buffer,
+    threads: int,
+) -> None:
+    """`moses::combine_backward_y`, as `combine`."""
+
+def combine_backward_weights(
+    dtype: str,
+    grad: Buffer,
+    y: Buffer,
+    width: int,
+    order: Buffer,
+    inverse: Buffer,
+    top_k: int,
+    out: Buffer,
+    threads: int,
+) -> None:
+    """`moses::combine_backward_weights`, as `combine`."""
