@@ -18,9 +18,10 @@ from moses.routers.expert_choice import expert_choice_reference
 from moses.routers.gshard import gshard_reference
 from moses.routers.noisy_topk import smooth_load, smooth_load_reference
 from moses.routers.random import draw_table
+from moses.routers.finite import check_finite
 from moses.routers.switch import switch_loss_reference
 from moses.routers.topk import topk_reference
-from moses.routers.topk_of import check_finite, stable_topk
+from moses.routers.topk_of import stable_topk
 from moses.routes import RouterOutput, Routes, expert_load
 
 D, E = 6, 8
