@@ -141,7 +141,7 @@ class TaskRouter(nn.Module):
             found = self._choice(part, group.task)
             for whole, values in zip((ids, weights, logits), found, strict=True):
                 whole[rows, ..., : values.shape[-1]] = values
-            self._count(group.task, found[0])
+            self._count(group.task, found[0], found[2].shape[-1])
         ids = ids.flatten(0, -2)
         routes = Routes(ids, weights.flatten(0, -2), may_skip=True)
         return RouterOutput(routes, logits.flatten(0, -2), expert_load(ids, self.num_experts))
@@ -161,7 +161,7 @@ class TaskRouter(nn.Module):
             ModelError: as `forward`.
         """
         ids, weights, logits = self._choice(x_TD, task)
-        self._count(task, ids)
+        self._count(task, ids, logits.shape[-1])
         return RouterOutput(Routes(ids, weights), logits, expert_load(ids, self.num_experts))
 
     def _choice(self, x: Tensor, task: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,9 +176,9 @@ class TaskRouter(nn.Module):
             self._add_counts(task, (gates.detach() > 0).flatten(0, -2).sum(0).cpu())
         return gates
 
-    def _count(self, task: int, expert_ids: Tensor) -> None:
+    def _count(self, task: int, expert_ids: Tensor, num_experts: int) -> None:
         if self.context.counts is not None:
-            self._add_counts(task, expert_load(expert_ids, self.num_experts).cpu())
+            self._add_counts(task, expert_load(expert_ids, num_experts).cpu())
 
     def _add_counts(self, task: int, used: Tensor) -> None:
         assert self.context.counts is not None

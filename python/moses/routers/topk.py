@@ -2,7 +2,7 @@
 
 scoring       `softmax` over all experts before the choice (Mixtral's and Qwen's MoE with `normalise`, OLMoE without);
               `softmax_after` the choice, over the k alone (GptOss); `sigmoid` of each logit (DeepSeek-V3, arXiv 2412.19437, eq. 13 to 15).
-normalise     divide the k weights by their sum; then `scale` multiplies them (DeepSeek's routed scaling factor).
+normalise     divide the k weights by their sum (a single one stays as it is, for else the gate would not learn); then `scale` multiplies them (DeepSeek's routed scaling factor).
 bias          loss-free balance (Wang et al., arXiv 2408.15664, eq. 3; DeepSeek-V3 eq. 16): a bias an expert is added for the choice and not
               for the weight; `update_bias` moves it by ±u after a step.
 groups        group-limited (DeepSeek-V2/V3, arXiv 2412.19437, section 2.1.2): experts in `num_groups` equal groups, a group's score is the sum
@@ -125,7 +125,7 @@ class TopKRouter(Router):
 
 def limit_groups(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """Scores (T, E) with -inf outside of the best groups; ties to the lower group."""
-    grouped = scores.view(*scores.shape[:-1], num_groups, -1)
+    grouped = scores.view(-1, num_groups, scores.shape[-1] // num_groups)
     best = stable_topk(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
     chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, stable_topk(best, top_groups)[1], True)
     return grouped.masked_fill(~chosen[..., None], float("-inf")).flatten(-2)
