@@ -14,6 +14,7 @@ from moses import routers
 from moses.context import Group, TaskContext
 from moses.errors import ConfigError, DispatchError, ModelError
 from moses.loss import balance_loss, importance_loss, squared_variation, z_loss
+from moses.moe import MoELayer
 from moses.plan import dispatch_plan
 from moses.routers.capacity import first_come, first_come_reference
 from moses.routers.dense import dense_reference
@@ -483,6 +484,25 @@ def test_task_router_routes_each_row_for_its_task():
         known = output.logits.view(4, 3, 5)[rows][..., : part.shape[-1]].reshape(-1, part.shape[-1])
         assert torch.equal(known, alone.logits)
     assert int(output.load.sum()) == 18
+
+
+def test_a_layer_takes_a_routers_own_capacity_and_the_tasks_routes():
+    torch.manual_seed(0)
+    layer = MoELayer(D, 4, E, router=made("gshard_full"))
+    torch.manual_seed(3)
+    _, output = layer(tokens(40))
+    torch.manual_seed(3)
+    alone = layer.router(tokens(40))
+    assert int(output.dropped) == int(alone.dropped) > 0
+    context = TaskContext(open_task=0)
+    router = routers.TaskRouter("block", D, E, 2, None, seed=1, context=context)
+    router.open(0)
+    layer, x = MoELayer(D, 4, E, router=router), torch.randn(3, 2, D)
+    with context.use((Group(0, torch.tensor([2])),)):
+        y, output = layer(x)
+    assert not y[:2].any() and y[2].any() and int(output.load.sum()) == 4 and int(output.dropped) == 0
+    y.sum().backward()
+    assert router.weight.grad.abs().sum() > 0
 
 
 def test_outputs_are_immutable_and_say_what_they_are():

@@ -25,8 +25,7 @@ class GShardRouter(Router):
     Attributes:
         balance_weight: of the loss.
         random_second: whether the second expert is drawn, in training.
-        capacity_factor: γ of the paper's capacity, with its priority; None leaves a limit to the layer. The paper has 2.0 for k = 2 in
-            pairs a token, which is 1.0 here: γ counts in shares of T·k/E.
+        capacity_factor: γ of the paper's capacity, with its priority; None leaves a limit to the layer. The paper's group is the batch here.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 
 scoring       `softmax` over all experts before the choice (Mixtral's and Qwen's MoE with `normalise`, OLMoE without);
               `softmax_after` the choice, over the k alone (GptOss); `sigmoid` of each logit (DeepSeek-V3, arXiv 2412.19437, eq. 13 to 15).
-normalise     divide the k weights by their sum (a single one stays as it is, for else the gate would not learn); then `scale` multiplies them (DeepSeek's routed scaling factor).
+normalise     divide the k weights by their sum (a single one stays as it is, for else the gate would not learn); then `scale`
+              multiplies them (DeepSeek's routed scaling factor).
 bias          loss-free balance (Wang et al., arXiv 2408.15664, eq. 3; DeepSeek-V3 eq. 16): a bias an expert is added for the choice and not
               for the weight; `update_bias` moves it by ±u after a step.
 groups        group-limited (DeepSeek-V2/V3, arXiv 2412.19437, section 2.1.2): experts in `num_groups` equal groups, a group's score is the sum

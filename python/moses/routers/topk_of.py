@@ -1,6 +1,6 @@
 """The k largest of a row, ties to the lower id: the op `moses::topk`, the same on every device.
 
-`torch.topk` promises no order among equals, `max` promises the first. Cost, measured on the CPU with one thread (benches/balance.py --cost):
+`torch.topk` promises no order among equals, `max` promises the first. Cost, measured on the CPU with one thread (benches/topk.py):
 up to 4 of a row are found by that many passes of `max`; for more, `torch.topk` finds k + 1, and only rows in which two of these are equal
 are ranked again. Off the CPU nothing may depend on the data, so that no host waits: float32 is ranked by `torch.topk` of whole
 numbers that hold the score and the id, and so have no ties; float64, which leaves no room for the id, by a stable sort.
