@@ -8,14 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TINY = 1e-10  # keeps the ratio finite where no token was routed
-
 
 def squared_variation(values: Tensor) -> Tensor:
     """CV(v)² = Var(v) / Mean(v)² of (E,) values: the form of both losses of Shazeer et al. (arXiv 1701.06538, equations 6 to 11)."""
     if values.shape[0] == 1:
         return values.new_zeros(())
-    return values.var(correction=0) / (values.mean() ** 2 + _TINY)
+    # Zero where no token was routed; a constant added to the mean would change the loss of few tokens and many experts.
+    return values.var(correction=0) / values.mean().square().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def importance_loss(gates_TE: Tensor) -> Tensor:

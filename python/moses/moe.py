@@ -18,7 +18,7 @@ from .experts import Experts, Kind, UnevenExperts, compute_dtype
 from .ops import combine, gather
 from .plan import DispatchPlan, dispatch_plan
 from .routers import TopKRouter
-from .routes import RouterOutput, Routes
+from .routes import RouterOutput, Routes, expert_capacity
 
 
 class MoELayer(nn.Module):
@@ -103,8 +103,7 @@ class MoELayer(nn.Module):
         """The plan of a batch's routes. Slots that name nobody go to one more expert, behind the others, whom nobody computes."""
         capacity = None
         if self.capacity_factor is not None:
-            pairs = routes.num_tokens * routes.top_k
-            capacity = max(1, math.ceil(self.capacity_factor * pairs / self.num_experts))
+            capacity = expert_capacity(routes.num_tokens, routes.top_k, self.num_experts, self.capacity_factor)
         ids, count = routes.expert_ids, self.num_experts
         if routes.may_skip:
             ids, count = torch.where(ids < 0, count, ids), count + 1

@@ -89,9 +89,25 @@ class RouterOutput:
         load = self.load.double()
         return load.std(correction=0) / load.mean().clamp(min=1e-300)
 
+    @property
+    def dropped_fraction(self) -> Tensor:
+        """() float64, dropped pairs of all routed ones; 0 before dispatch and for no tokens."""
+        if self.dropped is None:
+            return self.load.new_zeros((), dtype=torch.float64)
+        return self.dropped.double() / self.load.sum().clamp(min=1)
+
     def __repr__(self) -> str:
         losses = ", ".join(self.losses) or "none"
         return f"RouterOutput({self.routes!r}, num_experts={self.load.shape[0]}, losses: {losses})"
+
+
+def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
+    """⌈γ·T·k/E⌉, at least 1: the pairs that an expert takes (GShard, arXiv 2006.16668, section 2.2, with its group as the batch).
+
+    In whole numbers, with γ to six decimals: in floats 1.1 · 10 is above 11, and would be 12 pairs.
+    """
+    millionths = round(factor * 1_000_000)
+    return max(1, -(-num_tokens * top_k * millionths // (1_000_000 * num_experts)))
 
 
 def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:

@@ -46,10 +46,10 @@ def test_half_precision_input_is_routed_in_float32():
     context.open_task, context.groups = 0, (Group(0),)
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (found,) = made(x)
-    (wide,) = made(x.float())
+        (found,) = made.gates(x)
+    (wide,) = made.gates(x.float())
     assert found.dtype == torch.float32 and torch.equal(found, wide)
-    (double,) = made(x.double())
+    (double,) = made.gates(x.double())
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), wide, rtol=1e-4, atol=1e-5)
 
@@ -64,14 +64,14 @@ def test_tasks_keep_their_routers_through_growth_and_forgetting():
         with torch.no_grad():
             made.weight.normal_(generator=torch.Generator().manual_seed(task))
         context.groups = (Group(task),)
-        found[task] = made(x)[0].detach()
+        found[task] = made.gates(x)[0].detach()
         made.close(task)
         context.open_task = None
         made.grow(made.num_experts + 1)
     made.forget(1)
     for task in (0, 2):
         context.groups = (Group(task),)
-        assert torch.equal(made(x)[0], found[task])
+        assert torch.equal(made.gates(x)[0], found[task])
     assert found[2].shape[-1] == 6
     with pytest.raises(KeyError):
         made.task_weight(1)
@@ -102,7 +102,7 @@ def test_logits_that_are_not_finite_are_an_error(bad):
     x = torch.zeros(3, 8)
     x[1, 2] = bad
     with pytest.raises(ModelError, match="block"):
-        made(x)
+        made.gates(x)
 
 
 def test_groups_of_rows():

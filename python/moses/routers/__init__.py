@@ -21,6 +21,7 @@ from .random import RandomRouter
 from .switch import SwitchRouter
 from .task import TaskRouter
 from .topk import TopKRouter
+from .topk_of import save_routes
 
 __all__ = [
     "DenseRouter",
@@ -32,4 +33,5 @@ __all__ = [
     "SwitchRouter",
     "TaskRouter",
     "TopKRouter",
+    "save_routes",
 ]

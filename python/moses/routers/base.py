@@ -6,16 +6,49 @@ top-k are in float32 (float64 for float64 input): rounding the softmax to bfloat
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..routes import RouterOutput, Routes, expert_load
-from .topk_of import check_finite
+from ..routes import RouterOutput, Routes, expert_capacity, expert_load
+from .capacity import first_come
+from .finite import check_finite
+
+
+def whole(router: object, **settings: int) -> None:
+    """Raise `ConfigError` (`bad_setting`) unless every setting is a whole number of at least 1."""
+    for setting, value in settings.items():
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        require(good, router, setting, value, "a whole number of at least 1")
+
+
+def loss_weight(router: object, **settings: float) -> None:
+    """Raise `ConfigError` (`bad_setting`) unless every setting, a loss's weight, is a finite number of at least 0."""
+    for setting, value in settings.items():
+        require(0.0 <= value < math.inf, router, setting, value, "a number of at least 0")
+
+
+def positive(router: object, **settings: float | None) -> None:
+    """Raise `ConfigError` (`bad_setting`) unless every setting is a finite number above 0, or None."""
+    for setting, value in settings.items():
+        require(value is None or 0.0 < value < math.inf, router, setting, value, "a number above 0, or None")
+
+
+def router_dtype(x: Tensor) -> torch.dtype:
+    """What a router computes in: float64 for float64 input, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast off on x's device, where the device has any."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def require(condition: bool, router: object, setting: str, value: object, allowed: str) -> None:
@@ -35,15 +68,14 @@ class Router(nn.Module):
 
     def __init__(self, d_model: int, num_experts: int, top_k: int) -> None:
         super().__init__()
-        for setting, value in (("d_model", d_model), ("num_experts", num_experts), ("top_k", top_k)):
-            require(isinstance(value, int) and value >= 1, self, setting, value, "a whole number of at least 1")
+        whole(self, d_model=d_model, num_experts=num_experts, top_k=top_k)
         require(top_k <= num_experts, self, "top_k", top_k, f"at most num_experts ({num_experts})")
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
         self.weight = nn.Parameter(torch.randn(num_experts, d_model) * d_model**-0.5)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, E) finite logits in float32, float64 for float64 input."""
-        dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        dtype = router_dtype(x_TD)
         return check_finite(F.linear(x_TD.to(dtype), self.weight.to(dtype)))
 
     def forward(self, x: Tensor) -> RouterOutput:
@@ -52,7 +84,7 @@ class Router(nn.Module):
         Raises:
             ModelError: logits are NaN or infinite (`router_not_finite`); on CUDA an asynchronous assert.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return self.route(x.reshape(-1, x.shape[-1]))
 
     @abstractmethod
@@ -66,11 +98,28 @@ class Router(nn.Module):
         logits: Tensor,
         losses: dict[str, tuple[float, Callable[[Tensor], Tensor]]],
         may_skip: bool = False,
+        capacity_factor: float | None = None,
     ) -> RouterOutput:
-        """The output of a choice; `losses` are (weight, function of the experts' load), and one of weight 0 is not computed."""
+        """The output of a choice.
+
+        Args:
+            expert_ids: (T, k) the choice, -1 for nobody.
+            weights: (T, k).
+            logits: (T, E).
+            losses: by name (weight, function of the experts' load); one of weight 0 is not computed.
+            may_skip: whether an id may be -1.
+            capacity_factor: γ of the router's own capacity; None sets no limit.
+        """
         load = expert_load(expert_ids, self.num_experts)
         found = {name: weight * make(load) for name, (weight, make) in losses.items() if weight}
-        return RouterOutput(Routes(expert_ids, weights, may_skip), logits, load, found)
+        if capacity_factor is None:
+            return RouterOutput(Routes(expert_ids, weights, may_skip), logits, load, found)
+        num_tokens, top_k = expert_ids.shape
+        capacity = expert_capacity(num_tokens, top_k, self.num_experts, capacity_factor)
+        kept = first_come(expert_ids, self.num_experts, capacity)
+        dropped = ((expert_ids >= 0) & ~kept).sum()
+        routes = Routes(torch.where(kept, expert_ids, -1), weights.where(kept, 0.0), may_skip=True)
+        return RouterOutput(routes, logits, load, found, dropped=dropped)
 
     def extra_repr(self) -> str:
         """Of nn.Module."""

@@ -5,19 +5,18 @@ each expert takes the C = ⌈T · c / E⌉ tokens with its largest scores, and w
 experts or by none. The choice of a token looks at later tokens: not for autoregressive decoding, as the paper says.
 
 The routes have a slot an expert (k = E), -1 where the expert did not take the token; the output's `plan` is the choice itself, E · C
-rows, so that dispatch costs what the experts take and not T · E.
+rows, so that the experts compute what they take and not T · E; only the routes and the plan's inverse have T · E entries, as the logits do.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from ..plan import DispatchPlan, index_dtype
-from ..routes import RouterOutput, Routes, expert_load
+from ..routes import RouterOutput, Routes, expert_capacity, expert_load
 from .base import Router, require
+from .topk_of import stable_topk
 
 
 class ExpertChoiceRouter(Router):
@@ -35,12 +34,15 @@ class ExpertChoiceRouter(Router):
         self.capacity = capacity
 
     def route(self, x_TD: Tensor) -> RouterOutput:
-        """Rows of an expert are in the order of its choice: by score, equal ones by token."""
+        """Of equal scores the earlier token is taken. The plan's rows are by expert, then token, as in every plan."""
         logits = self.logits(x_TD)
         num_tokens, num_experts = logits.shape
         scores = logits.softmax(-1)
-        room = math.ceil(num_tokens * self.capacity / num_experts)
-        tokens_EC = torch.sort(scores.detach().T, dim=-1, descending=True, stable=True).indices[:, :room]
+        room = min(num_tokens, expert_capacity(num_tokens, 1, num_experts, self.capacity))
+        best_EC = logits.new_zeros(num_experts, 0, dtype=torch.int64)
+        if room:
+            best_EC = stable_topk(scores.detach().T.contiguous(), room)[1]
+        tokens_EC = best_EC.sort(dim=-1).values
         slot = torch.arange(num_experts, device=logits.device)
         pairs = (tokens_EC * num_experts + slot[:, None]).flatten()
         taken = torch.zeros(num_tokens * num_experts, dtype=torch.bool, device=logits.device).scatter(0, pairs, True)

@@ -3,19 +3,17 @@
 GShard (Lepikhin et al., arXiv 2006.16668), section 2.2 and algorithm 1: gates are the softmax; the two largest, g1 and g2, are
 normalised by their sum; the second expert is used with probability min(1, 2·g2), for where its weight is small it is worth
 little; the loss is the mean over experts of (c_e / S) · m_e with c_e the tokens whose first choice is e and m_e the mean gate,
-times E² here so that balance is 1, as in Switch. Capacity ⌈γ·T·k/E⌉ is the layer's (`capacity_factor`).
+times E² here so that balance is 1, as in Switch. An expert takes ⌈γ·T·k/E⌉ pairs, all first choices before all second ones.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from ..loss import balance_loss
 from ..routes import RouterOutput, expert_load
-from .base import Router, require
+from .base import Router, loss_weight, positive
 from .topk_of import stable_topk
 
 
@@ -23,14 +21,26 @@ class GShardRouter(Router):
     """k = 2. In evaluation, and with `random_second=False`, the second expert is always used.
 
     The draw is torch's generator's, so that activation checkpointing, which restores it, routes alike.
+
+    Attributes:
+        balance_weight: of the loss.
+        random_second: whether the second expert is drawn, in training.
+        capacity_factor: γ of the paper's capacity, with its priority; None leaves a limit to the layer. The paper's group is the batch here.
     """
 
     def __init__(
-        self, d_model: int, num_experts: int, *, balance_weight: float = 0.01, random_second: bool = True
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        balance_weight: float = 0.01,
+        random_second: bool = True,
+        capacity_factor: float | None = None,
     ) -> None:
         super().__init__(d_model, num_experts, 2)
-        require(0.0 <= balance_weight < math.inf, self, "balance_weight", balance_weight, "a number of at least 0")
-        self.balance_weight, self.random_second = balance_weight, random_second
+        loss_weight(self, balance_weight=balance_weight)
+        positive(self, capacity_factor=capacity_factor)
+        self.balance_weight, self.random_second, self.capacity_factor = balance_weight, random_second, capacity_factor
 
     def route(self, x_TD: Tensor) -> RouterOutput:
         """Slot 0 is the first choice, slot 1 the second or nobody (-1, weight 0)."""
@@ -45,7 +55,7 @@ class GShardRouter(Router):
             weights = torch.stack([weights[:, 0], weights[:, 1] * used], dim=1)
         first = ids[:, :1]
         losses = {"balance": (self.balance_weight, lambda _: balance_loss(gates, expert_load(first, self.num_experts)))}
-        return self.output(ids, weights, logits, losses, may_skip=skips)
+        return self.output(ids, weights, logits, losses, skips, self.capacity_factor)
 
 
 def gshard_reference(gates: list[list[float]], draws: list[float]) -> list[list[tuple[int, float]]]:

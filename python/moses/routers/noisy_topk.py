@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..loss import importance_loss, normal_cdf, squared_variation
 from ..routes import RouterOutput
-from .base import Router, require
-from .topk_of import check_finite, stable_topk
+from .base import Router, loss_weight
+from .finite import check_finite
+from .topk_of import stable_topk
 
 
 class NoisyTopKRouter(Router):
@@ -39,8 +40,7 @@ class NoisyTopKRouter(Router):
         load_weight: float = 0.1,
     ) -> None:
         super().__init__(d_model, num_experts, top_k)
-        for setting, value in (("importance_weight", importance_weight), ("load_weight", load_weight)):
-            require(0.0 <= value < math.inf, self, setting, value, "a number of at least 0")
+        loss_weight(self, importance_weight=importance_weight, load_weight=load_weight)
         self.importance_weight, self.load_weight = importance_weight, load_weight
         nn.init.zeros_(self.weight)
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, d_model))
@@ -72,7 +72,8 @@ def smooth_load(clean: Tensor, noisy: Tensor, spread: Tensor, top_k: int) -> Ten
     )
     # kth_excluding: without expert i itself, the k-th largest is the (k+1)-th of all where i is among the k
     threshold = torch.where(chosen, values[:, top_k, None], values[:, top_k - 1, None])
-    return normal_cdf((clean - threshold) / spread).sum(0)
+    # Where the noise is gone Φ is a step, and 0 / 0 would be NaN.
+    return normal_cdf((clean - threshold) / spread.clamp(min=1e-6)).sum(0)
 
 
 def smooth_load_reference(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DispatchError
 from ..routes import RouterOutput, Routes, expert_load
 from ..seeds import stable_seed
-from .base import require
+from .base import router_dtype, whole
 
 
 class RandomRouter(nn.Module):
@@ -44,16 +44,13 @@ class RandomRouter(nn.Module):
         """`layer` is part of the seed, so that layers are drawn independently; `frequencies`, a (V,) count of token ids a domain,
         balances the table; None, or a None in it, draws uniformly."""
         super().__init__()
-        for setting, value in (
-            ("vocab_size", vocab_size),
-            ("num_domains", num_domains),
-            ("experts_per_group", experts_per_group),
-        ):
-            require(isinstance(value, int) and value >= 1, self, setting, value, "a whole number of at least 1")
+        whole(self, vocab_size=vocab_size, num_domains=num_domains, experts_per_group=experts_per_group)
         given = [None] * num_domains if frequencies is None else list(frequencies)
-        if len(given) != num_domains or any(f is not None and f.shape != (vocab_size,) for f in given):
+        counts = [f for f in given if f is not None]
+        if len(given) != num_domains or any(f.shape != (vocab_size,) or not bool((f >= 0).all()) for f in counts):
             raise ConfigError(
-                f"RandomRouter.frequencies must be {num_domains} counts of {vocab_size} token ids", code="bad_setting"
+                f"RandomRouter.frequencies must be {num_domains} counts, each of {vocab_size} token ids and none below 0",
+                code="bad_setting",
             )
         self.num_experts, self.experts_per_group = num_domains * experts_per_group, experts_per_group
         rows = [
@@ -85,8 +82,7 @@ class RandomRouter(nn.Module):
                         code=f"{name}_unknown",
                     )
         experts = self.table[domain, ids][:, None]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weights = torch.ones(experts.shape, dtype=dtype, device=experts.device)
+        weights = torch.ones(experts.shape, dtype=router_dtype(x), device=experts.device)
         return RouterOutput(Routes(experts, weights), None, expert_load(experts, self.num_experts))
 
 
@@ -99,11 +95,15 @@ def draw_table(vocab_size: int, num_experts: int, seed: int, frequencies: Tensor
     shuffled = torch.randperm(vocab_size, generator=generator)
     order = shuffled[torch.sort(frequencies[shuffled], descending=True, stable=True).indices].tolist()
     names = torch.randperm(num_experts, generator=generator).tolist()
-    heap = [(0, place, name) for place, name in enumerate(names)]
     counts, table = frequencies.tolist(), [0] * vocab_size
-    for token in order:
-        load, place, name = heap[0]
-        table[token] = name
-        # an id never seen counts a little, so that they too are spread
-        heapq.heapreplace(heap, (load + counts[token] + 1e-6, place, name))
+    # ids that were never seen add nothing to a load: they go round by the number of ids
+    for ids, weigh in (
+        ([t for t in order if counts[t]], counts),
+        ([t for t in order if not counts[t]], [1] * vocab_size),
+    ):
+        heap = [(0, place, name) for place, name in enumerate(names)]
+        for token in ids:
+            load, place, name = heap[0]
+            table[token] = name
+            heapq.heapreplace(heap, (load + weigh[token], place, name))
     return torch.tensor(table)

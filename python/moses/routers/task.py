@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..context import TaskContext
 from ..routes import RouterOutput, Routes, expert_load
 from ..seeds import stable_seed
-from .topk_of import check_finite, stable_topk
+from .base import no_autocast, router_dtype
+from .finite import check_finite
+from .topk_of import stable_topk
 
 TOKEN_SPREAD = 0.1  # deviation of a fresh router's weights on the token, beside 1 of its bias
 
@@ -120,11 +122,35 @@ class TaskRouter(nn.Module):
         slot, count = self.slots[task]
         return self.frozen[slot, :count]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Gates of every group of the context for `x` (batch, ..., dim): a tuple of (group's rows, ..., N) float32.
+    def forward(self, x: Tensor) -> RouterOutput:
+        """Route (batch, ..., dim) tokens, each row of the batch for the task that the context has it in.
+
+        Rows in no group are the base model's: their slots name nobody, and their logits are -inf, as is the logit of an expert that came
+        after the row's task.
 
         Raises:
-            ModelError: a logit is NaN or infinite (on CUDA a device-side assert).
+            ModelError: a logit is NaN or infinite (`router_not_finite`; on CUDA an asynchronous assert).
+        """
+        batch, inner, dtype = x.shape[0], x.shape[1:-1], router_dtype(x)
+        ids = torch.full((batch, *inner, self.top_k), -1, dtype=torch.int64, device=x.device)
+        weights = torch.zeros(ids.shape, dtype=dtype, device=x.device)
+        logits = torch.full((batch, *inner, self.num_experts), float("-inf"), dtype=dtype, device=x.device)
+        for group in self.context.groups:
+            part = group.take(x)
+            rows = slice(None) if group.rows is None else group.rows.to(x.device)
+            found = self._choice(part, group.task)
+            for whole, values in zip((ids, weights, logits), found, strict=True):
+                whole[rows, ..., : values.shape[-1]] = values
+            self._count(group.task, found[0], found[2].shape[-1])
+        ids = ids.flatten(0, -2)
+        routes = Routes(ids, weights.flatten(0, -2), may_skip=True)
+        return RouterOutput(routes, logits.flatten(0, -2), expert_load(ids, self.num_experts))
+
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Gates of every group of the context for `x` (batch, ..., dim), as the banks take them: a tuple of (group's rows, ..., N).
+
+        Raises:
+            ModelError: as `forward`.
         """
         return tuple(self._gates(group.take(x), group.task) for group in self.context.groups)
 
@@ -134,23 +160,34 @@ class TaskRouter(nn.Module):
         Raises:
             ModelError: as `forward`.
         """
-        logits = self._logits(x_TD, task)
+        ids, weights, logits = self._choice(x_TD, task)
+        self._count(task, ids, logits.shape[-1])
+        return RouterOutput(Routes(ids, weights), logits, expert_load(ids, self.num_experts))
+
+    def _choice(self, x: Tensor, task: int) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self._logits(x, task)
         values, ids = stable_topk(logits.softmax(-1), min(self.top_k, logits.shape[-1]))
-        return RouterOutput(
-            Routes(ids, values / values.sum(-1, keepdim=True)), logits, expert_load(ids, self.num_experts)
-        )
+        return ids, values / values.sum(-1, keepdim=True), logits
 
     def _gates(self, x: Tensor, task: int) -> Tensor:
-        gates = topk_gates(self._logits(x, task), self.top_k)
+        logits = self._logits(x, task)
+        gates = topk_gates(logits, self.top_k)
         if self.context.counts is not None:
-            used = (gates.detach() > 0).flatten(0, -2).sum(0).cpu()
-            key = (task, self.name)
-            self.context.counts[key] = self.context.counts.get(key, 0) + used
+            self._add_counts(task, (gates.detach() > 0).flatten(0, -2).sum(0).cpu())
         return gates
 
+    def _count(self, task: int, expert_ids: Tensor, num_experts: int) -> None:
+        if self.context.counts is not None:
+            self._add_counts(task, expert_load(expert_ids, num_experts).cpu())
+
+    def _add_counts(self, task: int, used: Tensor) -> None:
+        assert self.context.counts is not None
+        key = (task, self.name)
+        self.context.counts[key] = self.context.counts.get(key, 0) + used
+
     def _logits(self, x: Tensor, task: int) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            x = x if x.dtype == torch.float64 else x.float()
+        with no_autocast(x):
+            x = x.to(router_dtype(x))
             # Standardised, so that a block's depth (the residual stream grows with it) does not set the router's temperature.
             x = F.layer_norm(x, x.shape[-1:])
             if self.projection is not None:

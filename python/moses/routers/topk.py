@@ -2,7 +2,8 @@
 
 scoring       `softmax` over all experts before the choice (Mixtral's and Qwen's MoE with `normalise`, OLMoE without);
               `softmax_after` the choice, over the k alone (GptOss); `sigmoid` of each logit (DeepSeek-V3, arXiv 2412.19437, eq. 13 to 15).
-normalise     divide the k weights by their sum; then `scale` multiplies them (DeepSeek's routed scaling factor).
+normalise     divide the k weights by their sum (a single one stays as it is, for else the gate would not learn); then `scale`
+              multiplies them (DeepSeek's routed scaling factor).
 bias          loss-free balance (Wang et al., arXiv 2408.15664, eq. 3; DeepSeek-V3 eq. 16): a bias an expert is added for the choice and not
               for the weight; `update_bias` moves it by ±u after a step.
 groups        group-limited (DeepSeek-V2/V3, arXiv 2412.19437, section 2.1.2): experts in `num_groups` equal groups, a group's score is the sum
@@ -13,24 +14,27 @@ losses        `balance_weight` · E · Σ f_i P_i (Switch, arXiv 2101.03961), `z
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from ..loss import balance_loss, z_loss
 from ..routes import RouterOutput
-from .base import Router, require
+from .base import Router, loss_weight, positive, require, whole
 from .topk_of import stable_topk
 
+_TINY = 1e-20  # keeps the ratio finite where every sigmoid underflows, as DeepSeek-V3's code does
 Scoring = Literal["softmax", "softmax_after", "sigmoid"]
 
 
 class TopKRouter(Router):
-    """Attributes: the settings above.
+    """A router with the settings above.
 
     Attributes:
-        bias: (E,) float32 buffer of loss-free balance; None where it is off.
+        bias: (E,) float32 buffer of loss-free balance; None where it is off. It stays float32 when the model is cast to half precision,
+            in which steps of u would soon be lost.
     """
 
     bias: Tensor | None
@@ -58,11 +62,11 @@ class TopKRouter(Router):
             scoring,
             "softmax, softmax_after or sigmoid",
         )
-        require(0.0 < scale < math.inf, self, "scale", scale, "a number above 0")
-        for setting, value in (("balance_weight", balance_weight), ("z_weight", z_weight)):
-            require(0.0 <= value < math.inf, self, setting, value, "a number of at least 0")
+        positive(self, scale=scale)
+        loss_weight(self, balance_weight=balance_weight, z_weight=z_weight)
+        whole(self, num_groups=num_groups, top_groups=top_groups)
         require(
-            num_groups >= 1 and num_experts % num_groups == 0,
+            num_experts % num_groups == 0,
             self,
             "num_groups",
             num_groups,
@@ -91,20 +95,27 @@ class TopKRouter(Router):
         else:
             weights = scores.gather(-1, ids)
             if self.normalise and self.top_k > 1:
-                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        share = scores / scores.sum(-1, keepdim=True) if self.scoring == "sigmoid" else scores
+                weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
+        share = scores / (scores.sum(-1, keepdim=True) + _TINY) if self.scoring == "sigmoid" else scores
         losses = {
             "balance": (self.balance_weight, lambda load: balance_loss(share, load)),
             "z": (self.z_weight, lambda _: z_loss(logits)),
         }
         return self.output(ids, weights * self.scale, logits, losses)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.bias is not None and self.bias.dtype in (torch.bfloat16, torch.float16):
+            self.bias = before.to(self.bias.device)
+        return self
+
     @torch.no_grad()
     def update_bias(self, load: Tensor, rate: float = 1e-3) -> None:
         """b_i += u · sign(mean load - load_i), once after an optimizer step (arXiv 2408.15664, algorithm 1).
 
         Args:
-            load: (E,) tokens of each expert in the batch, as in `RouterOutput.load`.
+            load: (E,) tokens of each expert in the batch, as in `RouterOutput.load`; summed over the processes where there are several.
             rate: u.
         """
         require(self.bias is not None, self, "bias", self.bias, "True to be updated")
@@ -115,7 +126,7 @@ class TopKRouter(Router):
 
 def limit_groups(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """Scores (T, E) with -inf outside of the best groups; ties to the lower group."""
-    grouped = scores.unflatten(-1, (num_groups, -1))
+    grouped = scores.view(-1, num_groups, scores.shape[-1] // num_groups)
     best = stable_topk(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
     chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, stable_topk(best, top_groups)[1], True)
     return grouped.masked_fill(~chosen[..., None], float("-inf")).flatten(-2)

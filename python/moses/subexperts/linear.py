@@ -80,7 +80,7 @@ class SubExpertLinear(nn.Module):
         if not self.context.groups:
             return y
         if self.router is not None:
-            self.gates.value = self.router(x)
+            self.gates.value = self.router.gates(x)
         assert self.gates.value is not None, "a bank ran before the first one of its block"
         for group, gate in zip(self.context.groups, self.gates.value, strict=True):
             A, B, experts = self.bank.weights(group.task)
