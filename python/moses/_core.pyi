@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, final
 from typing_extensions import Buffer
 
 __all__ = [
+    "Block",
     "FileInfo",
     "LayerInfo",
     "Mask",
@@ -22,8 +23,15 @@ __all__ = [
     "TaskInfo",
     "atomic_write",
     "blake3_hex",
+    "combine",
+    "combine_backward_rows",
+    "combine_backward_weights",
+    "dispatch_plan",
     "error_codes",
+    "gather",
     "hash_buffers",
+    "pool_bytes",
+    "pool_clear",
     "safetensors_header",
 ]
 
@@ -376,15 +384,15 @@ def hash_buffers(buffers: Sequence[tuple[str, Buffer]]) -> str:
 def error_codes() -> dict[str, str]:
     """Every code of the core, with the name of its class in `moses.errors`."""
 
+@final
 class Block:
-    """`bytes` bytes of memory from a pool, as a writable buffer aligned to 64; it goes back when nothing refers to it.
+    """`size` bytes of memory from a pool, as a writable buffer aligned to 64; it goes back when nothing refers to it.
 
     Raises `DispatchError` (`out_of_memory`).
     """
 
-    def __init__(self, bytes: int) -> None: ...
+    def __new__(cls, size: int) -> Self: ...
     def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def pool_bytes() -> int:
     """Bytes of free memory that the pool keeps, at most 1 GiB."""
@@ -410,9 +418,7 @@ def dispatch_plan(
     `dispatch_arguments`, `out_of_memory`), `BufferError`.
     """
 
-def gather(
-    x: Buffer, row_bytes: int, order: Buffer, inverse: Buffer, top_k: int, out: Buffer, threads: int
-) -> None:
+def gather(x: Buffer, row_bytes: int, order: Buffer, inverse: Buffer, top_k: int, out: Buffer, threads: int) -> None:
     """`moses::gather` on rows of `row_bytes` bytes; `order` and `inverse` are int32.
 
     Raises `DispatchError` (`dispatch_arguments`, `plan_index`), `BufferError`.

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moses.errors
+from moses import _core
 from moses._core import Mask, Registry, Store, error_codes, hash_buffers, safetensors_header
 from moses.errors import MosesError
 
@@ -105,7 +107,21 @@ def shard(folder: Path) -> Path:
     return folder / "x.safetensors"
 
 
+def plan(ids: list[int], top_k: int) -> None:
+    numbers = [np.zeros(2, np.int32), np.zeros(2, np.int32), np.zeros(3, np.int64), np.zeros(2, np.int64)]
+    _core.dispatch_plan(np.array(ids), top_k, 2, None, False, *numbers, 1)
+
+
+def rows(index: int) -> None:
+    order, inverse = np.array([index], np.int32), np.zeros(1, np.int32)
+    _core.gather(np.zeros((1, 4), np.uint8), 4, order, inverse, 1, np.zeros((1, 4), np.uint8), 1)
+
+
 CASES: dict[str, Callable[[Path], object]] = {
+    "dispatch_arguments": lambda _: plan([0, 1], 3),
+    "expert_id_range": lambda _: plan([0, 2], 1),
+    "out_of_memory": lambda _: _core.Block(1 << 62),
+    "plan_index": lambda _: rows(1),
     "limit_exceeded": lambda _: Mask.empty(2**28 + 1),
     "mask_index": lambda _: Mask.from_indices(4, [4]),
     "mask_lengths_differ": lambda _: Mask.empty(4) | Mask.empty(5),

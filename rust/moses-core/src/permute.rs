@@ -30,7 +30,7 @@ fn misfit(problem: impl Into<String>) -> Error {
 }
 
 fn require(fits: bool, problem: &str) -> Result<()> {
-    if fits { Ok(()) } else { Err(misfit(problem)) }
+    if fits { Ok(()) } else { Err(misfit(format!("{problem}: call it by moses.ops"))) }
 }
 
 fn bad_index(what: &'static str, place: usize, index: i32, length: usize) -> Error {
@@ -127,8 +127,7 @@ pub fn combine<T: Element>(
         let token_weights: &mut dyn Iterator<Item = Option<&[T::Sum]>> =
             if weights.is_some() { &mut given } else { &mut ones };
         let mut scratch = T::scratch(width);
-        for (place, ((target, rows), weights)) in
-            part.chunks_exact_mut(width).zip(slots).zip(token_weights).enumerate()
+        for (place, ((target, rows), weights)) in part.chunks_exact_mut(width).zip(slots).zip(token_weights).enumerate()
         {
             let mut sum = T::begin(target, &mut scratch);
             for (slot, &index) in rows.iter().enumerate() {

@@ -54,7 +54,10 @@ impl Request {
             return Err(misfit(format!("num_experts is {}: give 1 to {MAX_PLAN_EXPERTS}", self.num_experts)));
         }
         if self.top_k == 0 || !pairs.is_multiple_of(self.top_k) {
-            return Err(misfit(format!("{pairs} ids are not tokens of {} slots", self.top_k)));
+            return Err(misfit(format!(
+                "{pairs} ids are not tokens of {} slots: give (tokens, top_k) ids",
+                self.top_k
+            )));
         }
         if self.capacity == Some(0) || (self.pad && self.capacity.is_none()) {
             return Err(misfit("capacity is missing or 0: give at least 1"));
@@ -135,7 +138,7 @@ pub fn plan<I: ExpertId>(
     let experts = request.num_experts;
     let lengths = (output.order.len(), output.inverse.len(), output.offsets.len(), output.counts.len());
     if lengths != (rows, ids.len(), experts.saturating_add(1), experts) {
-        return Err(misfit(format!("the outputs have lengths {lengths:?}")));
+        return Err(misfit(format!("the outputs have lengths {lengths:?}: make plans with moses.dispatch_plan")));
     }
     match experts {
         0..=0x100 => sort::<I, Tiny>(ids, request, output, threads, scratch),

@@ -27,9 +27,9 @@ pub(crate) struct Block {
 #[pymethods]
 impl Block {
     #[new]
-    fn new(py: Python<'_>, bytes: usize) -> PyResult<Self> {
-        let lines = py.detach(|| POOL.take(bytes)).map_err(Failure)?;
-        Ok(Self { lines, bytes })
+    fn new(py: Python<'_>, size: usize) -> PyResult<Self> {
+        let lines = py.detach(|| POOL.take(size)).map_err(Failure)?;
+        Ok(Self { lines, bytes: size })
     }
 
     fn __len__(&self) -> usize {
@@ -91,7 +91,7 @@ impl Target {
             return Ok(&mut []);
         }
         if !pointer.is_aligned() || !bytes.is_multiple_of(size_of::<T>()) {
-            return Err(misfit(&format!("{what} is not aligned to its items")));
+            return Err(misfit(&format!("{what} is not aligned to its items: give a fresh array")));
         }
         // SAFETY: the buffer is C-contiguous and writable (checked when it was taken), aligned and a whole number of items,
         // and any bytes are a T. It stays while `self.0` is held. Each target of a call is borrowed once; that two of them,
@@ -105,7 +105,8 @@ fn read<'a, T: bytemuck::Pod>(bytes: &'a Bytes, what: &str) -> Result<&'a [T]> {
     if bytes.as_slice().is_empty() {
         return Ok(&[]); // whose address may be any
     }
-    bytemuck::try_cast_slice(bytes.as_slice()).map_err(|_| misfit(&format!("{what} is not aligned to its items")))
+    bytemuck::try_cast_slice(bytes.as_slice())
+        .map_err(|_| misfit(&format!("{what} is not aligned to its items: give a fresh array")))
 }
 
 #[pyfunction]
@@ -146,7 +147,7 @@ pub(crate) fn dispatch_plan(
             (2, _) => run::<i16>(&expert_ids, &request, output, threads),
             (1, true) => run::<u8>(&expert_ids, &request, output, threads),
             (1, false) => run::<i8>(&expert_ids, &request, output, threads),
-            _ => Err(misfit("expert_ids are no integers")),
+            _ => Err(misfit("expert_ids are no integers: give int64")),
         }
     })
     .map_err(|error: Error| Failure(error).into())

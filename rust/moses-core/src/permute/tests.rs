@@ -181,7 +181,10 @@ fn what_does_not_fit_is_named() {
     let wrong = Plan { order: &[0, 2], inverse: &[0, -2], top_k: 1 };
     assert_eq!(code(gather(&[0; 4], 2, &wrong, &mut [0; 4], 1)), "plan_index");
     let error = combine(&[0.0_f32; 4], 2, &wrong, None, &mut [0.0; 4], 1).unwrap_err();
-    assert_eq!(error.to_string(), "the plan's inverse[1] is -2 where -1 to 2 - 1 is allowed: make plans with dispatch_plan");
+    assert_eq!(
+        error.to_string(),
+        "the plan's inverse[1] is -2 where -1 to 2 - 1 is allowed: make plans with dispatch_plan"
+    );
     assert_eq!(code(combine_backward_rows(&[0.0_f32; 4], 2, &wrong, &[1.0; 2], &mut [0.0; 4], 1)), "plan_index");
     assert_eq!(code(combine_backward_weights(&[0.0_f32; 4], &[0.0; 4], 2, &wrong, &mut [0.0; 2], 1)), "plan_index");
 }
