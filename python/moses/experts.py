@@ -11,7 +11,7 @@ Experts of different widths are `UnevenExperts`, with parameters of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -19,17 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .ops import grouped_linear
+from .ops import ACTIVATIONS, grouped_ffn, hide
 from .plan import DispatchPlan
 
 Kind = Literal["gate_up_down", "up_down", "low_rank"]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 class Experts(nn.Module):
@@ -48,8 +41,9 @@ class Experts(nn.Module):
         """(P, D) to (P, D); rows of no expert are 0."""
         dtype = compute_dtype(rows)
         offsets = plan.offsets[: self.num_experts + 1]
-        hidden = grouped_linear(rows.to(dtype), self.into.to(dtype), offsets)
-        return grouped_linear(hide(hidden, self.kind, self.activation), self.out.to(dtype), offsets)
+        gated, activation = settings(self.kind, self.activation)
+        into, out = self.into.to(dtype), self.out.to(dtype)
+        return grouped_ffn(rows.to(dtype), into, out, offsets, activation, gated=gated)
 
     def extra_repr(self) -> str:
         """Of nn.Module."""
@@ -74,13 +68,19 @@ class UnevenExperts(nn.Module):
     def forward(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
         """(P, D) to (P, D); rows of no expert are 0."""
         dtype = compute_dtype(rows)
+        gated, activation = settings(self.kind, self.activation)
         limits = plan.offsets[: self.num_experts + 1].tolist()
         parts = []
         for first, last, into, out in zip(limits, limits[1:], self.into, self.out, strict=False):
             hidden = F.linear(rows[first:last].to(dtype), into.to(dtype))
-            parts.append(F.linear(hide(hidden, self.kind, self.activation), out.to(dtype)))
+            parts.append(F.linear(hide(hidden, activation, gated), out.to(dtype)))
         parts.append(rows.new_zeros(rows.shape[0] - limits[-1], rows.shape[1], dtype=dtype))
         return torch.cat(parts)
+
+
+def settings(kind: Kind, activation: str) -> tuple[bool, str]:
+    """Whether experts of a kind have a gate, and the activation that they apply."""
+    return kind == "gate_up_down", "linear" if kind == "low_rank" else activation
 
 
 def check(kind: str, activation: str) -> None:
@@ -99,17 +99,6 @@ def start(into: Tensor, out: Tensor, kind: Kind) -> None:
         out.zero_()
     else:
         out.normal_(std=max(out.shape[-1], 1) ** -0.5)
-
-
-def hide(hidden: Tensor, kind: Kind, activation: str) -> Tensor:
-    """The hidden layer from what `into` gave."""
-    if kind == "low_rank":
-        return hidden
-    act = ACTIVATIONS[activation]
-    if kind == "up_down":
-        return act(hidden)
-    gate, up = hidden.chunk(2, dim=-1)
-    return act(gate) * up
 
 
 def compute_dtype(rows: Tensor) -> torch.dtype:

@@ -1,4 +1,5 @@
-"""Rows of tokens to rows of experts, the experts' linear maps, and back, as torch ops: `gather`, `grouped_linear`, `combine`.
+"""Rows of tokens to rows of experts, the experts' linear maps, and back, as torch ops: `gather`, `grouped_ffn` and
+`grouped_linear`, `combine`.
 
 T tokens, k slots a token, P rows of the plan, D width. All ops take the plan's `order` (P,) and `inverse` (T·k,), both int32 or both int64
 and contiguous; -1 in `order` is an empty row, -1 in `inverse` a dropped pair. Rows are float32, bfloat16, float16 or float64; `acc` is float64
@@ -21,20 +22,26 @@ product is rounded before it is added (no fused multiply-add); the result is rou
 starts at +0 and adds the products of d = l, l + 32, ... in turn, then lanes fold by halves, lane[l] += lane[l + h] for h = 16, 8, 4, 2, 1.
 
 A kernel for another device is `torch.library.impl("moses::gather", "cuda")(function)`: outputs are fresh and contiguous, inputs may have any
-strides. Without one the reference, in plain torch, serves every device. The experts' ops are in `moses.ops.grouped`.
+strides. Without one the reference, in plain torch, serves every device. The experts' ops are in `moses.ops.grouped` and `moses.ops.ffn`.
 """
 
 from __future__ import annotations
 
+from .activations import ACTIVATIONS
 from .combine import combine, combine_reference
+from .ffn import grouped_ffn, grouped_ffn_reference, hide
 from .gather import gather, gather_reference
 from .grouped import grouped_linear, grouped_linear_reference
 
 __all__ = [
+    "ACTIVATIONS",
     "combine",
     "combine_reference",
     "gather",
     "gather_reference",
+    "grouped_ffn",
+    "grouped_ffn_reference",
     "grouped_linear",
     "grouped_linear_reference",
+    "hide",
 ]

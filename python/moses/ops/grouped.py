@@ -9,8 +9,8 @@ P rows in the order of a plan, E experts, D in, F out; rows `offsets[e] : offset
 
 The two are closed under differentiation. A weight is never indexed in a graph: the gradient of `weight[e]` is a whole (E, F, D) of zeros, so a
 backward that indexes every expert is quadratic in E; here one product an expert writes its part of one result. On the CPU a loop of products
-into preallocated slices is used for every E and dtype (measured in `benches/moe_ffn.py` against `torch.nn.functional.grouped_mm`); on CUDA
-`grouped_mm`, which does not wait for the offsets, where it takes the dtype.
+into preallocated slices is used for every E and dtype, since `torch.nn.functional.grouped_mm` is a loop as well, of products whose sizes do not
+repeat (`benches/moe_ffn.py`); on CUDA `grouped_mm`, which does not wait for the offsets, where it takes the dtype.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DispatchError
+from .products import empty, slices, window, zero_padded
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool = False) -> Tensor:
@@ -38,6 +39,13 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool 
     Raises:
         DispatchError: shapes or dtypes do not fit (`dispatch_arguments`).
     """
+    check_grouped(x, weight, offsets, transposed)
+    result: Tensor = torch.ops.moses.grouped_linear(x, weight, offsets, transposed)
+    return result
+
+
+def check_grouped(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> None:
+    """Raise `DispatchError` (`dispatch_arguments`) unless `grouped_linear` takes these."""
     if (
         x.ndim != 2
         or weight.ndim != 3
@@ -50,8 +58,6 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool 
             f"give (P, D), {'(E, D, F)' if transposed else '(E, F, D)'} and (E + 1,) of one dtype",
             code="dispatch_arguments",
         )
-    result: Tensor = torch.ops.moses.grouped_linear(x, weight, offsets, transposed)
-    return result
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
@@ -75,6 +81,38 @@ def grouped_outer_reference(left: Tensor, right: Tensor, offsets: Tensor) -> Ten
             torch.mm(left[start:end].T, right[start:end], out=out[expert])
         else:
             out[expert].zero_()
+    return out
+
+
+def idle(limits: list[int]) -> list[int]:
+    """The experts without rows."""
+    return [expert for expert, (start, end) in enumerate(pairwise(limits)) if start == end]
+
+
+def _linear_cpu(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    flat = weight if transposed else weight.transpose(1, 2)
+    limits = offsets.tolist()
+    parts = list(slices(limits, x.dtype))
+    slack = max((part.padded - part.count for part in parts), default=0)
+    out = empty(x.shape[0] + slack, flat.shape[2], like=x)
+    copy = x.new_empty(max((part.padded for part in parts), default=0) if slack else 0, x.shape[1])
+    for part in parts:
+        torch.mm(window(x, part, copy), flat[part.expert], out=out[part.start : part.start + part.padded])
+    out[limits[-1] :].zero_()
+    return out[: x.shape[0]]
+
+
+def _outer_cpu(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    limits = offsets.tolist()
+    parts = list(slices(limits, left.dtype))
+    out = empty(len(limits) - 1, left.shape[1], right.shape[1], like=left)
+    tallest = max((part.padded for part in parts), default=0)
+    copies = [rows.new_empty(tallest, rows.shape[1]) for rows in (left, right)]
+    for part in parts:
+        rows = zero_padded(left, part, copies[0]), zero_padded(right, part, copies[1])
+        torch.mm(rows[0].T, rows[1], out=out[part.expert])
+    for expert in idle(limits):
+        out[expert].zero_()
     return out
 
 
@@ -108,6 +146,8 @@ torch.library.define("moses::grouped_linear", "(Tensor x, Tensor weight, Tensor 
 torch.library.define("moses::grouped_outer", "(Tensor left, Tensor right, Tensor offsets) -> Tensor")
 torch.library.impl("moses::grouped_linear", "CompositeExplicitAutograd")(grouped_linear_reference)
 torch.library.impl("moses::grouped_outer", "CompositeExplicitAutograd")(grouped_outer_reference)
+torch.library.impl("moses::grouped_linear", "cpu")(_linear_cpu)
+torch.library.impl("moses::grouped_outer", "cpu")(_outer_cpu)
 torch.library.impl("moses::grouped_linear", "cuda")(_linear_cuda)
 torch.library.impl("moses::grouped_outer", "cuda")(_outer_cuda)
 
