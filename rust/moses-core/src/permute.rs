@@ -62,6 +62,7 @@ fn by_rows<T: Send>(
     let threads = if small { 1 } else { threads.clamp(1, MAX_THREADS) };
     let rows = count.div_ceil(threads).max(1);
     let parts = out.chunks_mut(rows.saturating_mul(width)).enumerate().collect();
+    // what is inlined here is compiled for the vectors that this machine has
     for_each(parts, |(number, part): (usize, &mut [T])| {
         let first = number.saturating_mul(rows);
         pulp::Arch::new().dispatch(
@@ -85,21 +86,28 @@ pub fn gather(x: &[u8], row_bytes: usize, plan: &Plan<'_>, out: &mut [u8], threa
     let tokens = plan.tokens();
     require(tokens.checked_mul(row_bytes) == Some(x.len()), "x does not have the plan's tokens")?;
     require(plan.order.len().checked_mul(row_bytes) == Some(out.len()), "the output does not have the plan's rows")?;
-    by_rows(out, plan.order.len(), row_bytes, threads, |first, part| {
-        let pairs = plan.order.get(first..).unwrap_or_default();
-        for (place, (target, &pair)) in part.chunks_exact_mut(row_bytes).zip(pairs).enumerate() {
-            if pair == -1 {
-                target.fill(0);
-                continue;
+    by_rows(
+        out,
+        plan.order.len(),
+        row_bytes,
+        threads,
+        #[inline(always)]
+        |first, part| {
+            let pairs = plan.order.get(first..).unwrap_or_default();
+            for (place, (target, &pair)) in part.chunks_exact_mut(row_bytes).zip(pairs).enumerate() {
+                if pair == -1 {
+                    target.fill(0);
+                    continue;
+                }
+                let token = usize::try_from(pair).ok().and_then(|pair| pair.checked_div(plan.top_k));
+                match token.and_then(|token| row(x, token, row_bytes)) {
+                    Some(source) => target.copy_from_slice(source),
+                    None => return Err(bad_index("order", first.saturating_add(place), pair, plan.inverse.len())),
+                }
             }
-            let token = usize::try_from(pair).ok().and_then(|pair| pair.checked_div(plan.top_k));
-            match token.and_then(|token| row(x, token, row_bytes)) {
-                Some(source) => target.copy_from_slice(source),
-                None => return Err(bad_index("order", first.saturating_add(place), pair, plan.inverse.len())),
-            }
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
 }
 
 /// `out[t] = sum over slots s of weights[t, s] * y[inverse[t, s]]`; without weights each is 1.
@@ -119,35 +127,43 @@ pub fn combine<T: Element>(
     require(plan.order.len().checked_mul(width) == Some(y.len()), "y does not have the plan's rows")?;
     require(tokens.checked_mul(width) == Some(out.len()), "the output does not have the plan's tokens")?;
     require(weights.is_none_or(|w| w.len() == plan.inverse.len()), "weights are not (tokens, top_k)")?;
-    by_rows(out, tokens, width, threads, |first, part| {
-        let start = first.saturating_mul(plan.top_k);
-        let slots = plan.inverse.get(start..).unwrap_or_default().chunks_exact(plan.top_k);
-        let mut ones = std::iter::repeat(None);
-        let mut given = weights.and_then(|w| w.get(start..)).unwrap_or_default().chunks_exact(plan.top_k).map(Some);
-        let token_weights: &mut dyn Iterator<Item = Option<&[T::Sum]>> =
-            if weights.is_some() { &mut given } else { &mut ones };
-        let mut scratch = T::scratch(width);
-        for (place, ((target, rows), weights)) in part.chunks_exact_mut(width).zip(slots).zip(token_weights).enumerate()
-        {
-            let mut sum = T::begin(target, &mut scratch);
-            for (slot, &index) in rows.iter().enumerate() {
-                if index == -1 {
-                    continue;
+    by_rows(
+        out,
+        tokens,
+        width,
+        threads,
+        #[inline(always)]
+        |first, part| {
+            let start = first.saturating_mul(plan.top_k);
+            let slots = plan.inverse.get(start..).unwrap_or_default().chunks_exact(plan.top_k);
+            let mut ones = std::iter::repeat(None);
+            let mut given = weights.and_then(|w| w.get(start..)).unwrap_or_default().chunks_exact(plan.top_k).map(Some);
+            let token_weights: &mut dyn Iterator<Item = Option<&[T::Sum]>> =
+                if weights.is_some() { &mut given } else { &mut ones };
+            let mut scratch = T::scratch(width);
+            for (place, ((target, rows), weights)) in
+                part.chunks_exact_mut(width).zip(slots).zip(token_weights).enumerate()
+            {
+                let mut sum = T::begin(target, &mut scratch);
+                for (slot, &index) in rows.iter().enumerate() {
+                    if index == -1 {
+                        continue;
+                    }
+                    let source = usize::try_from(index).ok().and_then(|index| row(y, index, width));
+                    let Some(source) = source else {
+                        let place = first.saturating_add(place).saturating_mul(plan.top_k).saturating_add(slot);
+                        return Err(bad_index("inverse", place, index, plan.order.len()));
+                    };
+                    match weights.and_then(|w| w.get(slot)) {
+                        Some(&weight) => T::add_scaled(&mut sum, weight, source),
+                        None => T::add(&mut sum, source),
+                    }
                 }
-                let source = usize::try_from(index).ok().and_then(|index| row(y, index, width));
-                let Some(source) = source else {
-                    let place = first.saturating_add(place).saturating_mul(plan.top_k).saturating_add(slot);
-                    return Err(bad_index("inverse", place, index, plan.order.len()));
-                };
-                match weights.and_then(|w| w.get(slot)) {
-                    Some(&weight) => T::add_scaled(&mut sum, weight, source),
-                    None => T::add(&mut sum, source),
-                }
+                T::finish(sum);
             }
-            T::finish(sum);
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
 }
 
 /// `out[j] = weights[order[j]] * grad[order[j] / top_k]`, zeros where `order[j]` is -1.
@@ -167,22 +183,29 @@ pub fn combine_backward_rows<T: Element>(
     require(tokens.checked_mul(width) == Some(grad.len()), "grad does not have the plan's tokens")?;
     require(plan.order.len().checked_mul(width) == Some(out.len()), "the output does not have the plan's rows")?;
     require(weights.len() == plan.inverse.len(), "weights are not (tokens, top_k)")?;
-    by_rows(out, plan.order.len(), width, threads, |first, part| {
-        let pairs = plan.order.get(first..).unwrap_or_default();
-        for (place, (target, &pair)) in part.chunks_exact_mut(width).zip(pairs).enumerate() {
-            if pair == -1 {
-                T::clear(target);
-                continue;
+    by_rows(
+        out,
+        plan.order.len(),
+        width,
+        threads,
+        #[inline(always)]
+        |first, part| {
+            let pairs = plan.order.get(first..).unwrap_or_default();
+            for (place, (target, &pair)) in part.chunks_exact_mut(width).zip(pairs).enumerate() {
+                if pair == -1 {
+                    T::clear(target);
+                    continue;
+                }
+                let index = usize::try_from(pair).unwrap_or(usize::MAX);
+                let token = index.checked_div(plan.top_k);
+                match (weights.get(index), token.and_then(|token| row(grad, token, width))) {
+                    (Some(&weight), Some(source)) => T::scale(target, weight, source),
+                    _ => return Err(bad_index("order", first.saturating_add(place), pair, plan.inverse.len())),
+                }
             }
-            let index = usize::try_from(pair).unwrap_or(usize::MAX);
-            let token = index.checked_div(plan.top_k);
-            match (weights.get(index), token.and_then(|token| row(grad, token, width))) {
-                (Some(&weight), Some(source)) => T::scale(target, weight, source),
-                _ => return Err(bad_index("order", first.saturating_add(place), pair, plan.inverse.len())),
-            }
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
 }
 
 /// `out[t, s] = sum over d of grad[t, d] * y[inverse[t, s], d]` in [`element::LANES`] lanes that fold by halves; 0 where dropped.
