@@ -135,7 +135,7 @@ def test_the_same_bits_again_and_for_any_number_of_threads(rule, count, seed):
     x = torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 4, 1):
+        for threads in (1, 2, 4, 16, 1):
             torch.set_num_threads(threads)
             torch.manual_seed(seed)
             found.append(router(x))

@@ -20,6 +20,7 @@ from moses.routers.capacity import first_come, first_come_reference
 from moses.routers.dense import dense_reference
 from moses.routers.expert_choice import expert_choice_reference
 from moses.routers.finite import check_finite
+from moses.routers.gate import gate_logits
 from moses.routers.gshard import gshard_reference
 from moses.routers.noisy_topk import smooth_load, smooth_load_reference
 from moses.routers.random import draw_table
@@ -40,6 +41,12 @@ MAKERS = {
     "choice": lambda: routers.ExpertChoiceRouter(D, E),
     "gshard_full": lambda: routers.GShardRouter(D, E, capacity_factor=1.0),
     "switch_full": lambda: routers.SwitchRouter(D, E, capacity_factor=1.25, jitter=0.1),
+}
+# wide enough for the BLAS to split its sums between threads
+WIDE = {
+    "noisy": lambda width: routers.NoisyTopKRouter(width, 64, 2),
+    "topk": lambda width: routers.TopKRouter(width, 64, 8),
+    "choice": lambda width: routers.ExpertChoiceRouter(width, 64),
 }
 
 
@@ -273,13 +280,15 @@ def test_routers_are_traced_without_a_graph_break(name):
         compiled(tokens(9).index_fill(0, torch.tensor([3]), float("nan")))
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", WIDE)
 def test_routes_do_not_depend_on_threads(name):
-    router, x = made(name).eval(), tokens(5000)
+    torch.manual_seed(0)
+    router = WIDE[name](1024).eval()
+    x = torch.randn(333, 1024)
     before = torch.get_num_threads()
     try:
         found = []
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 4, 16):
             torch.set_num_threads(threads)
             found.append(router(x).routes)
         assert all(
@@ -331,6 +340,14 @@ def test_settings_that_cannot_work_are_refused_at_construction(make):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_the_ops_pass_opcheck():
+    x, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 5), (4, 5), (4,))
+    )
+    for inputs in ((x, weight, bias), (x, weight, None), (x[0], weight, None)):
+        torch.library.opcheck(torch.ops.moses.gate.default, (*inputs, "a"))
+    assert torch.autograd.gradcheck(gate_logits, (x, weight, bias)) and torch.autograd.gradgradcheck(
+        gate_logits, (x, weight, bias)
+    )
     torch.library.opcheck(torch.ops.moses.finite_logits.default, (torch.randn(3, 4, requires_grad=True), "a"))
     for top_k in (1, 3, 6, 9):
         torch.library.opcheck(torch.ops.moses.topk.default, (torch.randn(3, 5, 9), top_k))

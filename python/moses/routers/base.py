@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..routes import RouterOutput, Routes, expert_capacity, expert_load
 from .capacity import first_come
-from .finite import check_finite
+from .finite import no_autocast, router_dtype
+from .gate import gate_logits
 
 
 def whole(router: object, **settings: int) -> None:
@@ -38,17 +37,6 @@ def positive(router: object, **settings: float | None) -> None:
     """Raise `ConfigError` (`bad_setting`) unless every setting is a finite number above 0, or None."""
     for setting, value in settings.items():
         require(value is None or 0.0 < value < math.inf, router, setting, value, "a number above 0, or None")
-
-
-def router_dtype(x: Tensor) -> torch.dtype:
-    """What a router computes in: float64 for float64 input, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Autocast off on x's device, where the device has any."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def require(condition: bool, router: object, setting: str, value: object, allowed: str) -> None:
@@ -76,7 +64,7 @@ class Router(nn.Module):
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, E) finite logits in float32, float64 for float64 input."""
         dtype = router_dtype(x_TD)
-        return check_finite(F.linear(x_TD.to(dtype), self.weight.to(dtype)))
+        return gate_logits(x_TD.to(dtype), self.weight.to(dtype))
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route (..., D) tokens.

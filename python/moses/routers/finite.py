@@ -1,17 +1,29 @@
-"""The check that a router's logits are finite: the op `moses::finite_logits`.
+"""What every router's arithmetic keeps to: float32 or wider, no autocast, and finite logits (the op `moses::finite_logits`).
 
-An op, so that torch.compile calls the check where it would otherwise trace into a branch on data. Its result is a copy, for an op may not
+The check is an op, so that torch.compile calls it where it would otherwise trace into a branch on data. Its result is a copy, for an op may not
 return its input and a check without a result would be taken for dead code: one pass over (T, E), beside the T·E·D of the gate.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ModelError
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast off on x's device, where the device has any."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def router_dtype(x: Tensor) -> torch.dtype:
+    """What a router computes in: float64 for float64 input, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_finite(logits: Tensor, router: str = "the router") -> Tensor:
@@ -24,7 +36,8 @@ def check_finite(logits: Tensor, router: str = "the router") -> Tensor:
     return checked
 
 
-def _finite_logits(logits: Tensor, router: str) -> Tensor:
+def require_finite(logits: Tensor, router: str) -> None:
+    """Raise as `check_finite` does; for the inside of an op."""
     if logits.numel() and logits.device.type != "meta":
         # NaN passes through both; several times as fast as isfinite of every logit
         least, most = logits.aminmax()
@@ -36,6 +49,10 @@ def _finite_logits(logits: Tensor, router: str) -> Tensor:
                 f"the logits of {router} are not finite at token {token}: the activations overflow; lower the learning rate or use a wider dtype",
                 code="router_not_finite",
             )
+
+
+def _finite_logits(logits: Tensor, router: str) -> Tensor:
+    require_finite(logits, router)
     return logits.clone()
 
 

@@ -18,6 +18,7 @@ from ..loss import importance_loss, normal_cdf, squared_variation
 from ..routes import RouterOutput
 from .base import Router, loss_weight
 from .finite import check_finite
+from .gate import gate_logits
 from .topk_of import stable_topk
 
 
@@ -50,7 +51,7 @@ class NoisyTopKRouter(Router):
         clean = self.logits(x_TD)
         noisy, spread = clean, None
         if self.training:
-            spread = F.softplus(F.linear(x_TD.to(clean.dtype), self.noise_weight.to(clean.dtype)))
+            spread = F.softplus(gate_logits(x_TD.to(clean.dtype), self.noise_weight.to(clean.dtype)))
             noisy = check_finite(clean + torch.randn_like(clean) * spread)
         values, ids = stable_topk(noisy, self.top_k)
         weights = values.softmax(-1)

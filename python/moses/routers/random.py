@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DispatchError
 from ..routes import RouterOutput, Routes, expert_load
 from ..seeds import stable_seed
-from .base import router_dtype, whole
+from .base import whole
+from .finite import router_dtype
 
 
 class RandomRouter(nn.Module):
@@ -67,7 +68,10 @@ class RandomRouter(nn.Module):
             DispatchError: ids or a domain out of the table (`token_unknown`, `domain_unknown`), on the CPU; shapes that do not fit.
         """
         ids = token_ids.reshape(-1)
-        domain = torch.as_tensor(domains, device=ids.device).expand(token_ids.shape).reshape(-1)
+        # a number is filled in on the device: copying it there would wait for the host
+        domain = (
+            torch.full_like(ids, domains) if isinstance(domains, int) else domains.expand(token_ids.shape).reshape(-1)
+        )
         if ids.shape[0] * x.shape[-1] != x.numel():
             raise DispatchError(
                 f"{tuple(token_ids.shape)} token ids for input {tuple(x.shape)}", code="dispatch_arguments"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..loss import balance_loss
 from ..routes import RouterOutput
-from .base import Router, loss_weight, positive, require, router_dtype
+from .base import Router, loss_weight, positive, require
+from .finite import router_dtype
 from .topk_of import stable_topk
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..context import TaskContext
 from ..routes import RouterOutput, Routes, expert_load
 from ..seeds import stable_seed
-from .base import no_autocast, router_dtype
-from .finite import check_finite
+from .finite import no_autocast, router_dtype
+from .gate import gate_logits
 from .topk_of import stable_topk
 
 TOKEN_SPREAD = 0.1  # deviation of a fresh router's weights on the token, beside 1 of its bias
@@ -191,6 +191,6 @@ class TaskRouter(nn.Module):
             # Standardised, so that a block's depth (the residual stream grows with it) does not set the router's temperature.
             x = F.layer_norm(x, x.shape[-1:])
             if self.projection is not None:
-                x = x @ self.projection.to(x.dtype)
+                x = gate_logits(x, self.projection.to(x.dtype).T, None, f"router {self.name}")
             weight = self.task_weight(task).to(x.dtype)
-            return check_finite(F.linear(x, weight[:, :-1], weight[:, -1]), f"router {self.name}")
+            return gate_logits(x, weight[:, :-1], weight[:, -1], f"router {self.name}")
