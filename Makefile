@@ -4,10 +4,10 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.moses
-RUST_SOURCES := $(shell find rust -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock
+RUST_SOURCES := $(shell find rust cuda -name '*.rs' -o -name 'Cargo.toml' -o -name '*.cu') Cargo.toml Cargo.lock
 OUT ?= build/demo
 
-.PHONY: help setup test test-rust test-python prove bench bench-stream8 lint fmt docs demo clean
+.PHONY: help setup test test-rust test-python test-gpu prove bench bench-dispatch bench-stream8 lint fmt docs demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -33,10 +33,20 @@ demo: setup $(STAMPS)/smollm2 ## teach a real language model five real tasks (wi
 	$(BIN)/moses verify $(OUT)
 	$(BIN)/moses report $(OUT)
 
-bench: bench-stream8 ## the measurements of benches/RESULTS.md (hours)
+bench: bench-dispatch bench-stream8 ## the measurements of benches/RESULTS.md (hours)
+
+bench-dispatch: setup ## the measurements of plan, gather, combine, experts and routers (half an hour)
+	$(BIN)/python benches/plan.py
+	$(BIN)/python benches/permute.py
+	$(BIN)/python benches/moe_ffn.py
+	$(BIN)/python benches/topk.py
+	$(BIN)/python benches/balance.py
 
 bench-stream8: setup $(STAMPS)/minilm
 	$(BIN)/python benches/stream8.py
+
+test-gpu: setup ## the tests of the CUDA kernels, on a machine with a CUDA device
+	$(BIN)/python -m pytest -q -rs tests/gpu tests/cuda
 
 lint: setup ## formatting, lints and types
 	cargo fmt --check

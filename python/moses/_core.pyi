@@ -26,6 +26,7 @@ __all__ = [
     "combine",
     "combine_backward_rows",
     "combine_backward_weights",
+    "cuda_source",
     "dispatch_plan",
     "error_codes",
     "gather",
@@ -393,6 +394,9 @@ class Block:
 
     def __new__(cls, size: int) -> Self: ...
     def __len__(self) -> int: ...
+
+def cuda_source(name: str) -> str:
+    """The text of `cuda/NAME.cu`: `dispatch` or `combine`. Raises `KeyError`."""
 
 def pool_bytes() -> int:
     """Bytes of free memory that the pool keeps, at most 1 GiB."""

@@ -21,6 +21,7 @@ from typing_extensions import TypeVar
 
 from . import _core
 from .buffers import buffer, empty
+from .cuda import kernels
 from .errors import DispatchError
 
 __all__ = ["DispatchPlan", "dispatch_plan", "dispatch_plan_reference"]
@@ -182,6 +183,17 @@ def _plan_cpu(
 
 
 torch.library.impl("moses::dispatch_plan", "cpu")(_plan_cpu)
+
+
+def _plan_cuda(
+    expert_ids: Tensor, num_experts: int, capacity: int | None, pad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs = expert_ids.numel()
+    rows = num_rows(pairs, num_experts, capacity, pad)
+    return kernels.plan(expert_ids.long(), num_experts, capacity, pad, rows, index_dtype(pairs, rows))
+
+
+torch.library.impl("moses::dispatch_plan", "cuda")(kernels.or_reference(_plan_cuda, dispatch_plan_reference))
 
 
 def _fake(

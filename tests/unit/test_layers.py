@@ -16,7 +16,7 @@ ROOT = Path(moses.__file__).parent
 LAYERS = (
     ("errors", "_core", "seeds", "run_files", "tensorfile", "ranks"),
     ("config",),
-    ("buffers",),
+    ("buffers", "cuda"),
     ("plan",),
     ("ops",),
     ("sari", "stream", "metrics"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _core
 from ..buffers import buffer, empty
+from ..cuda import kernels
 from ..errors import DispatchError
 from ..plan import DispatchPlan
 from .rows import accumulator, check_rows, combine_cpu, name_of, register_vmap
@@ -71,8 +72,10 @@ def combine_backward_weights_reference(grad: Tensor, y: Tensor, order: Tensor, i
     if not y.shape[0] or not y.shape[1]:
         return grad.new_zeros(inverse.shape[0] // top_k, top_k, dtype=dtype)
     short = -y.shape[1] % LANES
-    rows = y.index_select(0, inverse.clamp(min=0)).to(dtype).view(-1, top_k, y.shape[1])
-    products = F.pad(grad.to(dtype)[:, None] * rows, (0, short)).view(*rows.shape[:2], -1, LANES)
+    rows = y.index_select(0, inverse.clamp(min=0)).to(dtype).view(inverse.shape[0] // top_k, top_k, y.shape[1])
+    products = F.pad(grad.to(dtype)[:, None] * rows, (0, short)).view(
+        *rows.shape[:2], (y.shape[1] + short) // LANES, LANES
+    )
     lanes = torch.zeros_like(products[:, :, 0])
     for part in range(products.shape[2]):
         lanes = lanes + products[:, :, part]
@@ -141,6 +144,12 @@ def _backward_weights_cpu(grad: Tensor, y: Tensor, order: Tensor, inverse: Tenso
 torch.library.impl("moses::combine", "cpu")(_combine_cpu)
 torch.library.impl("moses::combine_backward_y", "cpu")(_backward_y_cpu)
 torch.library.impl("moses::combine_backward_weights", "cpu")(_backward_weights_cpu)
+for _name, _kernel, _reference in (
+    ("combine", kernels.combine, combine_reference),
+    ("combine_backward_y", kernels.combine_backward_y, combine_backward_y_reference),
+    ("combine_backward_weights", kernels.combine_backward_weights, combine_backward_weights_reference),
+):
+    torch.library.impl(f"moses::{_name}", "cuda")(kernels.or_reference(_kernel, _reference))
 
 
 def _combine_fake(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:

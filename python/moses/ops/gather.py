@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _core
 from ..buffers import buffer, empty
+from ..cuda import kernels
 from ..plan import DispatchPlan
 from .rows import accumulator, check_rows, combine_cpu, register_vmap
 
@@ -82,6 +83,10 @@ def _gather_backward_cpu(grad: Tensor, order: Tensor, inverse: Tensor, top_k: in
 
 torch.library.impl("moses::gather", "cpu")(_gather_cpu)
 torch.library.impl("moses::gather_backward", "cpu")(_gather_backward_cpu)
+torch.library.impl("moses::gather", "cuda")(kernels.or_reference(kernels.gather, gather_reference))
+torch.library.impl("moses::gather_backward", "cuda")(
+    kernels.or_reference(kernels.gather_backward, gather_backward_reference)
+)
 
 
 def _gather_fake(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:

@@ -3,6 +3,7 @@
 #![allow(missing_docs)] // The Python face is documented in python/moses/_core.pyi.
 
 mod buffer;
+mod cuda;
 mod dispatch;
 mod error;
 mod functions;
@@ -14,6 +15,8 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::cuda::cuda_source;
     #[pymodule_export]
     use super::dispatch::{
         Block, combine, combine_backward_rows, combine_backward_weights, dispatch_plan, gather, pool_bytes, pool_clear,
