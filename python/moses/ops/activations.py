@@ -5,6 +5,7 @@ Fresh memory costs more than the arithmetic of an activation, so the experts' pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,22 +24,25 @@ class Activation:
         function: x to act(x).
         write: (x, out): out = act(x).
         write_gradient: (grad, x, out): out = grad · act'(x); out may not be grad or x.
+        sigmoid: (a, b) where act(x) = x · σ(a·x + b·x³): the core has a kernel for a gate of that form.
     """
 
     function: Callable[[Tensor], Tensor]
     write: Callable[[Tensor, Tensor], object]
     write_gradient: Callable[[Tensor, Tensor, Tensor], object]
+    sigmoid: tuple[float, float] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """act(x)."""
         return self.function(x)
 
 
-def _gelu(approximate: str) -> Activation:
+def _gelu(approximate: str, sigmoid: tuple[float, float] | None = None) -> Activation:
     return Activation(
         lambda x: F.gelu(x, approximate=approximate),
         lambda x, out: aten.gelu.out(x, approximate=approximate, out=out),
         lambda grad, x, out: aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out),
+        sigmoid,
     )
 
 
@@ -56,13 +60,16 @@ _silu = Activation(
     F.silu,
     lambda x, out: aten.silu.out(x, out=out),
     lambda grad, x, out: aten.silu_backward.grad_input(grad, x, grad_input=out),
+    (1.0, 0.0),
 )
+# (1 + tanh(z / 2)) / 2 = σ(z)
+_gelu_tanh = _gelu("tanh", ((8 / math.pi) ** 0.5, 0.044715 * (8 / math.pi) ** 0.5))
 ACTIVATIONS = {
     "silu": _silu,
     "swish": _silu,
     "gelu": _gelu("none"),
-    "gelu_new": _gelu("tanh"),
-    "gelu_pytorch_tanh": _gelu("tanh"),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "relu": Activation(
         F.relu,
         lambda x, out: torch.clamp(x, min=0, out=out),

@@ -10,8 +10,7 @@ P rows in the order of a plan, E experts, D model width, F expert width, H = 2F 
             bool transposed, bool to_x, bool to_weights) -> (Tensor x, Tensor into, Tensor out)
         grad (P, D) -> the gradients, of no elements where not asked for; exactly 0 for an expert without rows.
 
-On the CPU experts are computed one after the other, so that what lies between the products stays in the cache: only `hidden` is kept for the
-backward, which applies the activation again. No gradient of a single expert is ever as large as the fused weight. Other devices get the same from
+No gradient of a single expert is ever as large as the fused weight. The CPU's kernel is in `moses.ops.ffn_cpu`; other devices get the same from
 `grouped_linear` and the activation.
 """
 
@@ -24,8 +23,9 @@ from torch import Tensor
 
 from ..errors import DispatchError
 from .activations import ACTIVATIONS
-from .grouped import check_grouped, grouped_linear, grouped_linear_reference, idle
-from .products import empty, slices, window, zero_padded
+from .ffn_cpu import ffn_backward_cpu, ffn_cpu
+from .grouped import check_grouped, grouped_linear, grouped_linear_reference
+from .products import slices
 
 
 def grouped_ffn(
@@ -100,94 +100,6 @@ def grouped_ffn_reference(
     return y, hidden if keep else hidden.new_empty(0, hidden.shape[1])
 
 
-def _forward_cpu(
-    x: Tensor, into: Tensor, out: Tensor, offsets: Tensor, activation: str, gated: bool, transposed: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
-    first, second = (into, out) if transposed else (into.transpose(1, 2), out.transpose(1, 2))
-    (rows, width), high, inner, act = x.shape, first.shape[2], second.shape[1], ACTIVATIONS[activation]
-    limits = offsets.tolist()
-    parts = list(slices(limits, x.dtype))
-    tallest = max((part.padded for part in parts), default=0)
-    slack = max((part.padded - part.count for part in parts), default=0)
-    y = empty(rows + slack, width, like=x)
-    kept = empty(rows + slack if keep else tallest, high, like=x)
-    inside, copy = empty(tallest, inner, like=x), empty(tallest if slack else 0, width, like=x)
-    for part in parts:
-        place = slice(part.start, part.start + part.padded) if keep else slice(part.padded)
-        hidden, h = kept[place], inside[: part.padded]
-        torch.mm(window(x, part, copy), first[part.expert], out=hidden)
-        act.write(hidden[:, :inner], h)
-        if gated:
-            h.mul_(hidden[:, inner:])
-        torch.mm(h, second[part.expert], out=y[part.start : part.start + part.padded])
-    y[limits[-1] :].zero_()
-    return y[:rows], kept[:rows] if keep else x.new_empty(0, high)
-
-
-def _backward_cpu(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    into: Tensor,
-    out: Tensor,
-    offsets: Tensor,
-    activation: str,
-    gated: bool,
-    transposed: bool,
-    to_x: bool,
-    to_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    first, second = (into.transpose(1, 2), out.transpose(1, 2)) if transposed else (into, out)
-    (rows, width), high, inner, act = x.shape, first.shape[1], second.shape[2], ACTIVATIONS[activation]
-    limits, grad = offsets.tolist(), grad.contiguous()
-    parts = list(slices(limits, x.dtype))
-    tallest = max((part.padded for part in parts), default=0)
-    slack = max((part.padded - part.count for part in parts), default=0)
-    grad_x = empty(rows + slack, width, like=x) if to_x else x.new_empty(0)
-    grad_into, grad_out = (empty(*weight.shape, like=x) if to_weights else x.new_empty(0) for weight in (into, out))
-    lower, active, inside = (empty(tallest, inner, like=x) for _ in range(3))
-    upper = empty(tallest, high, like=x)
-    copies = [empty(tallest if slack else 0, wide, like=x) for wide in (width, width, high)]
-    for part in parts:
-        count, padded, expert = part.count, part.padded, part.expert
-        above = zero_padded(grad, part, copies[0])
-        below = window(hidden, part, copies[2])
-        grad_h, a, h, grad_hidden = lower[:padded], active[:padded], inside[:padded], upper[:padded]
-        torch.mm(above, second[expert], out=grad_h)
-        gate = below[:, :inner]
-        if gated:
-            up = below[:, inner:]
-            act.write(gate, a)
-            torch.mul(a, up, out=h)
-            torch.mul(grad_h, a, out=grad_hidden[:, inner:])
-            torch.mul(grad_h, up, out=a)
-            act.write_gradient(a, gate, grad_hidden[:, :inner])
-        else:
-            act.write(gate, h)
-            act.write_gradient(grad_h, gate, grad_hidden)
-        if padded > count:  # what lies behind an expert's rows is anything, and 0 times anything may be NaN
-            h[count:].zero_()
-            grad_hidden[count:].zero_()
-        if to_weights:
-            rows_x = zero_padded(x, part, copies[1])
-            if transposed:
-                torch.mm(h.T, above, out=grad_out[expert])
-                torch.mm(rows_x.T, grad_hidden, out=grad_into[expert])
-            else:
-                torch.mm(above.T, h, out=grad_out[expert])
-                torch.mm(grad_hidden.T, rows_x, out=grad_into[expert])
-        if to_x:
-            torch.mm(grad_hidden, first[expert], out=grad_x[part.start : part.start + padded])
-    if to_weights:
-        for expert in idle(limits):
-            grad_into[expert].zero_()
-            grad_out[expert].zero_()
-    if to_x:
-        grad_x[limits[-1] :].zero_()
-        grad_x = grad_x[:rows]
-    return grad_x, grad_into, grad_out
-
-
 def grouped_ffn_backward_reference(
     grad: Tensor,
     x: Tensor,
@@ -226,8 +138,8 @@ torch.library.define(
     "(Tensor grad, Tensor x, Tensor hidden, Tensor into, Tensor out, Tensor offsets, str activation, bool gated, bool transposed, bool to_x, "
     "bool to_weights) -> (Tensor x, Tensor into, Tensor out)",
 )
-torch.library.impl("moses::grouped_ffn", "cpu")(_forward_cpu)
-torch.library.impl("moses::grouped_ffn_backward", "cpu")(_backward_cpu)
+torch.library.impl("moses::grouped_ffn", "cpu")(ffn_cpu)
+torch.library.impl("moses::grouped_ffn_backward", "cpu")(ffn_backward_cpu)
 
 
 def _forward_fake(

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..buffers import empty
 from ..errors import DispatchError
-from .products import empty, slices, window, zero_padded
+from .products import slices, window, zero_padded
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool = False) -> Tensor:
@@ -94,7 +95,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) ->
     limits = offsets.tolist()
     parts = list(slices(limits, x.dtype))
     slack = max((part.padded - part.count for part in parts), default=0)
-    out = empty(x.shape[0] + slack, flat.shape[2], like=x)
+    out = empty((x.shape[0] + slack, flat.shape[2]), x.dtype)
     copy = x.new_empty(max((part.padded for part in parts), default=0) if slack else 0, x.shape[1])
     for part in parts:
         torch.mm(window(x, part, copy), flat[part.expert], out=out[part.start : part.start + part.padded])
@@ -105,7 +106,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) ->
 def _outer_cpu(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     limits = offsets.tolist()
     parts = list(slices(limits, left.dtype))
-    out = empty(len(limits) - 1, left.shape[1], right.shape[1], like=left)
+    out = empty((len(limits) - 1, left.shape[1], right.shape[1]), left.dtype)
     tallest = max((part.padded for part in parts), default=0)
     copies = [rows.new_empty(tallest, rows.shape[1]) for rows in (left, right)]
     for part in parts:

@@ -1,4 +1,4 @@
-"""What the experts' products on the CPU share: sizes that repeat, and memory that is cheap to touch.
+"""What the experts' products on the CPU share: sizes that repeat.
 
 oneDNN, which multiplies 16-bit floats, builds a kernel for every shape that it has not seen (measured: 6 ms, as much as six products of 500 rows),
 and an expert's number of rows is new at nearly every step. So a product takes some rows more than the expert has: what it writes behind the
@@ -11,11 +11,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-
-LARGE_BYTES = 1 << 22  # from here on numpy asks the kernel for huge pages
 
 
 class Slice(NamedTuple):
@@ -49,27 +46,17 @@ def padded_rows(count: int, dtype: torch.dtype) -> int:
     return -(-count // unit) * unit
 
 
-def empty(*shape: int, like: Tensor) -> Tensor:
-    """Uninitialised, of `like`'s dtype, on the CPU; in huge pages where large: of fresh memory, the page faults cost most."""
-    size = int(np.prod(shape)) * like.element_size()
-    if like.device.type != "cpu" or size < LARGE_BYTES:
-        return like.new_empty(shape)
-    memory = torch.from_numpy(np.empty(size + 64, np.uint8))
-    start = -memory.data_ptr() % 64
-    return memory[start : start + size].view(like.dtype).view(shape)
-
-
 def window(rows: Tensor, part: Slice, scratch: Tensor) -> Tensor:
     """(padded, D): the expert's rows and some behind them, whose values are anything; a copy in `scratch` where none are left."""
     if part.start + part.padded <= rows.shape[0]:
-        return rows[part.start : part.start + part.padded]
+        return rows.narrow(0, part.start, part.padded)
     return zero_padded(rows, part, scratch)
 
 
 def zero_padded(rows: Tensor, part: Slice, scratch: Tensor) -> Tensor:
     """(padded, D): the expert's rows and zeros behind them, copied to `scratch` where it takes any."""
     if part.padded == part.count:
-        return rows[part.start : part.end]
+        return rows.narrow(0, part.start, part.count)
     copy = scratch[: part.padded]
     copy[: part.count].copy_(rows[part.start : part.end])
     copy[part.count :].zero_()

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod gate;
 pub mod hash;
 pub mod id;
 pub mod limits;

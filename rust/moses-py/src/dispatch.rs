@@ -80,12 +80,12 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Target {
     }
 }
 
-fn misfit(problem: &str) -> Error {
+pub(crate) fn misfit(problem: &str) -> Error {
     Error::DispatchArguments { problem: problem.into() }
 }
 
 impl Target {
-    fn items<T: bytemuck::Pod>(&self, what: &str) -> Result<&mut [T]> {
+    pub(crate) fn items<T: bytemuck::Pod>(&self, what: &str) -> Result<&mut [T]> {
         let (pointer, bytes) = (self.0.buf_ptr().cast::<T>(), self.0.len_bytes());
         if bytes == 0 {
             return Ok(&mut []);
@@ -101,7 +101,7 @@ impl Target {
     }
 }
 
-fn read<'a, T: bytemuck::Pod>(bytes: &'a Bytes, what: &str) -> Result<&'a [T]> {
+pub(crate) fn read<'a, T: bytemuck::Pod>(bytes: &'a Bytes, what: &str) -> Result<&'a [T]> {
     if bytes.as_slice().is_empty() {
         return Ok(&[]); // whose address may be any
     }

@@ -7,6 +7,7 @@ mod cuda;
 mod dispatch;
 mod error;
 mod functions;
+mod gate;
 mod mask;
 mod registry;
 mod store;
@@ -23,6 +24,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::functions::{atomic_write, blake3_hex, error_codes, hash_buffers, safetensors_header};
+    #[pymodule_export]
+    use super::gate::{gate_backward, gate_forward};
     #[pymodule_export]
     use super::mask::Mask;
     #[pymodule_export]

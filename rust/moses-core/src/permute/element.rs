@@ -115,13 +115,13 @@ wide!(f64);
 const BLOCK: usize = 256;
 
 #[inline(always)]
-fn widen_bf16(items: &[bf16], wide: &mut [f32]) {
+pub(crate) fn widen_bf16(items: &[bf16], wide: &mut [f32]) {
     wide.iter_mut().zip(items).for_each(|(wide, item)| *wide = f32::from_bits(u32::from(item.to_bits()) << 16));
 }
 
 /// To nearest, ties to even, as bit arithmetic that becomes vectors.
 #[inline(always)]
-fn narrow_bf16(wide: &[f32], items: &mut [bf16]) {
+pub(crate) fn narrow_bf16(wide: &[f32], items: &mut [bf16]) {
     for (item, wide) in items.iter_mut().zip(wide) {
         let bits = wide.to_bits();
         let rounded = bits.wrapping_add(0x7fff).wrapping_add((bits >> 16) & 1) >> 16;
@@ -132,12 +132,12 @@ fn narrow_bf16(wide: &[f32], items: &mut [bf16]) {
 }
 
 #[inline(always)]
-fn widen_f16(items: &[f16], wide: &mut [f32]) {
+pub(crate) fn widen_f16(items: &[f16], wide: &mut [f32]) {
     items.convert_to_f32_slice(wide);
 }
 
 #[inline(always)]
-fn narrow_f16(wide: &[f32], items: &mut [f16]) {
+pub(crate) fn narrow_f16(wide: &[f32], items: &mut [f16]) {
     items.convert_from_f32_slice(wide);
 }
 
