@@ -114,6 +114,16 @@ def test_the_plan_is_the_references(libraries, data, experts, top_k, tokens, cap
 
 
 @host
+@pytest.mark.parametrize("pairs", [255, 256, 257, 511, 512])
+def test_nothing_behind_the_last_pair_is_read(libraries, pairs):
+    memory = torch.full((pairs + 1, 1), -1)
+    memory[:pairs] = torch.arange(pairs)[:, None] % 3
+    use(libraries, 2, 2)
+    order, *_ = kernels.plan(memory[:pairs], 3, None, False, pairs, torch.int32)
+    assert torch.equal(order, dispatch_plan_reference(memory[:pairs], 3, None, False)[0])
+
+
+@host
 @pytest.mark.parametrize("bad", [-1, 4, 2**40])
 def test_an_id_out_of_range_fails_the_stream(libraries, bad):
     ids = torch.zeros(600, 1, dtype=torch.int64)
