@@ -22,7 +22,7 @@ from .heads import TaskHead
 from .routers import TaskRouter
 from .seeds import stable_seed
 from .selection import bank_bytes, select_candidates
-from .subexperts import Bank, SubExpertLinear
+from .subexperts import Bank, SubExpertLayer
 
 if TYPE_CHECKING:
     from .stream.identify import Identification, TaskIdentifier
@@ -36,7 +36,7 @@ class MosesModel(nn.Module):
     registry: _core.Registry
     identifier: Any  # TaskIdentifier | None
     _context: TaskContext
-    _bank_modules: dict[str, SubExpertLinear]
+    _bank_modules: dict[str, SubExpertLayer]
     _router_modules: dict[str, TaskRouter]
     _head: TaskHead | None
     _was_cut: bool
@@ -346,7 +346,7 @@ class MosesModel(nn.Module):
         banks = self._banks()
         return ((layer, banks[layer.name].bank) for layer in self.registry.layers())
 
-    def _banks(self) -> dict[str, SubExpertLinear]:
+    def _banks(self) -> dict[str, SubExpertLayer]:
         return self._bank_modules
 
     def _routers(self) -> dict[str, TaskRouter]:
@@ -415,7 +415,7 @@ def mix_in(
     config: MosesConfig,
     context: TaskContext,
     registry: _core.Registry,
-    banks: dict[str, SubExpertLinear],
+    banks: dict[str, SubExpertLayer],
     routers: dict[str, TaskRouter],
     head: TaskHead | None,
 ) -> MosesModel:

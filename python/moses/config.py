@@ -16,6 +16,7 @@ Granularity = Literal["rank", "element"]
 Budget = Literal["model", "tensor"]
 RouterScope = Literal["block", "layer"]
 WeightDtype = Literal["float32", "bfloat16", "float16"]
+FFNExperts = Literal["adapter"]
 Config = TypeVar("Config")
 Reuse = Literal["similar", "all", "none"]
 
@@ -32,6 +33,8 @@ class MosesConfig:
         top_k: experts a token uses.
         alpha: numerator of the scale alpha / rank of the update.
         candidates: free components of a linear map that a new task starts with, spread over its experts (`rank` only).
+        ffn_experts: `adapter` puts, beside every FFN, a mixture of N small FFNs (down, GELU, up) in place of the banks at its projections,
+            each as wide as the bytes of `rank` components at all of them; None leaves the low-rank banks there.
         granularity: what a mask selects: whole rank components (`rank`) or single weights (`element`).
         weight_dtype: of the weights that tasks own, in memory and on disk. An open task trains float32 weights and computes with
             them rounded, so that what was trained is what answers. Bytes, and so budgets, count in it.
@@ -53,6 +56,7 @@ class MosesConfig:
     top_k: int = 2
     alpha: float = 32.0
     candidates: int = 8
+    ffn_experts: FFNExperts | None = None
     granularity: Granularity = "rank"
     weight_dtype: WeightDtype = "bfloat16"
     density: float = 0.1
@@ -85,6 +89,7 @@ class MosesConfig:
         check_real(self, "warmup", 0.0, 1.0)
         check_real(self, "alpha", 0.0, float("inf"), open_low=True)
         for field, choices in (
+            ("ffn_experts", (None, "adapter")),
             ("granularity", ("rank", "element")),
             ("weight_dtype", ("float32", "bfloat16", "float16")),
             ("budget", ("model", "tensor")),

@@ -73,6 +73,7 @@ class RunConfig:
             fields["method_config"].setdefault("head_norm", False)
             if fields["method"] == "moses":
                 fields["method_config"].setdefault("weight_dtype", "float32")
+                fields["method_config"].setdefault("ffn_experts", None)
             stream = fields["stream"]
             if stream is not None:
                 stream = StreamSource(**{**stream, "tasks": tuple(stream["tasks"])})

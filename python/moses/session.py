@@ -35,7 +35,7 @@ from .stream import Stream, load_stream
 from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features, prompt_views
 from .stream.prompt import Kind, label_names
 from .stream.task import Task
-from .targets import find_targets
+from .targets import find_places
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,8 @@ def start_session(
         raise ModelError(
             "the model has sub-experts already; give the base model, or moses.detach it", code="already_attached"
         )
-    find_targets(model, method_config.target_modules)  # a wrong name is found before the folder is made
+    # a wrong name is found before the folder is made
+    find_places(model, method_config.target_modules, getattr(method_config, "ffn_experts", None))
     formats = {task.name: _format(task, tokenizer, kind, train_config) for task in stream.tasks}
     config = RunConfig(
         method=method,

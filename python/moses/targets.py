@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,11 +16,46 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, ModelError
 
-# Query, value and the FFN's projections in each family. A fused map (GPT-2's c_attn, Phi-3's qkv_proj) counts as query and value.
-_LLAMA = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
-_BERT = ("query", "value", "intermediate.dense", "output.dense")
-_T5 = ("SelfAttention.q", "SelfAttention.v", "EncDecAttention.q", "EncDecAttention.v", "wi", "wi_0", "wi_1", "wo")
-TARGETS: dict[str, tuple[str, ...]] = {
+
+@dataclass(frozen=True)
+class Family:
+    """What the parts of a block are called in a family of models.
+
+    Attributes:
+        attention: query and value. A fused map (GPT-2's c_attn, Phi-3's qkv_proj) counts as both.
+        projections: the linear maps of the FFN.
+        ffn: the module beside which a mixture of FFN experts stands: the FFN, called with its input, or in BERT-like models, whose FFN
+            is split, the module that holds its second map, called with the hidden layer and the FFN's input. None where there is neither.
+    """
+
+    attention: tuple[str, ...]
+    projections: tuple[str, ...]
+    ffn: str | None
+
+
+@dataclass(frozen=True)
+class FFN:
+    """A feed-forward network in a model.
+
+    Attributes:
+        path: dotted path of `Family.ffn`.
+        d_model: D, width of its input and output.
+        shapes: (D_out, D_in) of each of its linear maps.
+    """
+
+    path: str
+    d_model: int
+    shapes: tuple[tuple[int, int], ...]
+
+
+_LLAMA = Family(("q_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), "mlp")
+_BERT = Family(("query", "value"), ("intermediate.dense", "output.dense"), "output")
+_T5 = Family(
+    ("SelfAttention.q", "SelfAttention.v", "EncDecAttention.q", "EncDecAttention.v"),
+    ("wi", "wi_0", "wi_1", "wo"),
+    "DenseReluDense",
+)
+FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         (
             "llama",
@@ -40,13 +76,13 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), _BERT),
     **dict.fromkeys(("t5", "mt5", "umt5", "longt5"), _T5),
-    "gpt2": ("c_attn", "c_fc", "mlp.c_proj"),
-    "gpt_neox": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "phi3": ("qkv_proj", "gate_up_proj", "down_proj"),
-    "opt": ("q_proj", "v_proj", "fc1", "fc2"),
-    "distilbert": ("q_lin", "v_lin", "lin1", "lin2"),
-    "mpnet": ("attn.q", "attn.v", "intermediate.dense", "output.dense"),
+    "gpt2": Family(("c_attn",), ("c_fc", "mlp.c_proj"), "mlp"),
+    "gpt_neox": Family(("query_key_value",), ("dense_h_to_4h", "dense_4h_to_h"), "mlp"),
+    "phi": Family(("q_proj", "v_proj"), ("fc1", "fc2"), "mlp"),
+    "phi3": Family(("qkv_proj",), ("gate_up_proj", "down_proj"), "mlp"),
+    "opt": Family(("q_proj", "v_proj"), ("fc1", "fc2"), None),
+    "distilbert": Family(("q_lin", "v_lin"), ("lin1", "lin2"), "ffn"),
+    "mpnet": Family(("attn.q", "attn.v"), ("intermediate.dense", "output.dense"), "output"),
 }
 # Maps that end like a target but belong to another part: BERT's attention output is no FFN.
 _NOT_TARGETS = ("attention.output.dense",)
@@ -65,8 +101,25 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (int(second), int(first)) if isinstance(module, Conv1D) else (int(first), int(second))
 
 
-def find_targets(model: nn.Module, names: tuple[str, ...] | str | None) -> list[str]:
+def find_places(
+    model: nn.Module, names: tuple[str, ...] | str | None, ffn_experts: str | None
+) -> tuple[list[str], list[FFN]]:
+    """The linear maps and the FFNs of `model` that get a bank, by `MosesConfig.target_modules` and `ffn_experts`.
+
+    Raises:
+        ModelError, ConfigError: as `find_targets` and `find_ffns`.
+    """
+    paths = find_targets(model, names, attention_only=ffn_experts is not None)
+    return paths, [] if ffn_experts is None else find_ffns(model, paths)
+
+
+def find_targets(model: nn.Module, names: tuple[str, ...] | str | None, *, attention_only: bool = False) -> list[str]:
     """Dotted paths of the linear maps to attach at, in the model's own order.
+
+    Args:
+        model: a transformers model, with no bank yet.
+        names: as `MosesConfig.target_modules`; None takes those of the family.
+        attention_only: leave out the FFN's maps where `names` is None.
 
     Raises:
         ModelError: the architecture is unknown and no names are given, or it holds none of its family's maps.
@@ -74,7 +127,7 @@ def find_targets(model: nn.Module, names: tuple[str, ...] | str | None) -> list[
     """
     linears = [path for path, module in model.named_modules() if is_linear(module)]
     if names is None:
-        return _default_targets(model, linears)
+        return _default_targets(model, linears, attention_only)
     if isinstance(names, str):
         try:
             pattern = re.compile(names)
@@ -104,21 +157,66 @@ def block_of(path: str, model: nn.Module) -> str | None:
     return None
 
 
-def _default_targets(model: nn.Module, linears: list[str]) -> list[str]:
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    names = TARGETS.get(str(family))
-    found = (
-        []
-        if names is None
-        else [path for path in _candidates(linears) if any(_ends_with(path, name) for name in names)]
-    )
+def find_ffns(model: nn.Module, targets: list[str]) -> list[FFN]:
+    """The FFNs of the model, in its own order; `targets` are the linear maps that get a bank, of which none may be an FFN's.
+
+    Raises:
+        ModelError: it is not known where the architecture keeps its FFNs, or they are no modules that something can stand beside.
+        ConfigError: a target is a map of an FFN.
+    """
+    name = type(model).__name__
+    kind, family = _family(model)
+    if family is None or family.ffn is None:
+        known = ", ".join(key for key, value in FAMILIES.items() if value.ffn is not None)
+        what = "has no module that is its FFN" if family else "is not known to moses"
+        raise ModelError(
+            f'ffn_experts="adapter" has no place in {name}: model type {kind!r} {what}; use ffn_experts=None, or a model of the '
+            f"types {known}",
+            code="unknown_architecture",
+        )
+    linears = [path for path, module in model.named_modules() if is_linear(module)]
+    maps = [path for path in _candidates(linears) if any(_ends_with(path, part) for part in family.projections)]
+    found = []
+    for path, _ in model.named_modules():
+        parent = path.rpartition(".")[0]
+        if not _ends_with(path, family.ffn) or parent.endswith("attention"):
+            continue
+        inside = [part for part in maps if part.startswith(parent + ".")]
+        if inside:
+            shapes = tuple(linear_shape(model.get_submodule(part)) for part in inside)
+            found.append(FFN(path, shapes[-1][0], shapes))
     if not found:
         raise ModelError(
-            f"do not know where {type(model).__name__} (model type {family!r}) keeps its query, value and FFN projections; "
+            f'ffn_experts="adapter" has no place in {name}: model type {kind!r} keeps its FFN at {family.ffn}, and there is none; '
+            f"its linear maps are {_kinds(linears)}",
+            code="unknown_architecture",
+        )
+    for path in targets:
+        if path in maps:
+            raise ConfigError(
+                f'target_modules takes {path}, a map of the FFN, where ffn_experts="adapter" puts experts of its own; name maps of '
+                "the attention only, or use ffn_experts=None",
+                code="bad_setting",
+            )
+    return found
+
+
+def _default_targets(model: nn.Module, linears: list[str], attention_only: bool) -> list[str]:
+    kind, family = _family(model)
+    names = () if family is None else family.attention if attention_only else family.attention + family.projections
+    found = [path for path in _candidates(linears) if any(_ends_with(path, name) for name in names)]
+    if not found:
+        raise ModelError(
+            f"do not know where {type(model).__name__} (model type {kind!r}) keeps its query, value and FFN projections; "
             f"name them by target_modules; its linear maps are {_kinds(linears)}",
             code="unknown_architecture",
         )
     return found
+
+
+def _family(model: nn.Module) -> tuple[str | None, Family | None]:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind, FAMILIES.get(str(kind))
 
 
 def _candidates(linears: list[str]) -> Iterator[str]:

@@ -9,11 +9,24 @@ import pytest
 import torch
 
 import moses
-from moses.subexperts import SubExpertLinear
+from moses.subexperts import SubExpertFFN, SubExpertLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gpt2", "phi", "bert", "t5")
 # Linear maps that the default attaches at, in two blocks.
 PLACES = {"gpt2": 6, "phi": 8, "bert": 8, "t5": 2 * 2 + 2 * 4 + 8}
+# Where there are experts beside the FFN: the linear maps of the attention, and the FFNs.
+ATTENTION = {"gpt2": 2, "t5": 2 * 2 + 2 * 4}
+FFNS = {
+    "bert": "bert.encoder.layer.1.output",
+    "gpt2": "transformer.h.1.mlp",
+    "t5": "decoder.block.1.layer.2.DenseReluDense",
+}
+BANKS = {
+    "rank": {},
+    "element": {"granularity": "element"},
+    "adapter": {"ffn_experts": "adapter"},
+    "adapter-element": {"ffn_experts": "adapter", "granularity": "element"},
+}
 
 
 def begin(model, name="a", **extra):
@@ -51,10 +64,34 @@ def test_attached_model_answers_as_before_until_a_task_is_trained(family, tiny_m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("granularity", ["rank", "element"])
-def test_a_task_learns_and_only_its_own_parameters_are_trainable(family, granularity, tiny_model, tiny_batch):
+def test_experts_stand_beside_every_ffn_and_low_rank_banks_at_attention_only(family, tiny_model, tiny_batch):
+    model, batch = tiny_model(family), tiny_batch(family)
+    before = logits(model, batch)
+    kind, whole = type(model), moses.attach(tiny_model(family)).bank_bytes
+    attached = moses.attach(model, moses.MosesConfig(ffn_experts="adapter"))
+    kinds = [type(layer) for layer in attached._banks().values()]
+    assert kinds.count(SubExpertLinear) == ATTENTION.get(family, 4) and kinds.count(SubExpertFFN) == len(
+        kinds
+    ) - ATTENTION.get(family, 4)
+    assert kinds.count(SubExpertFFN) == (4 if family == "t5" else 2)
+    assert isinstance(model.get_submodule(FFNS.get(family, "model.layers.1.mlp")), SubExpertFFN)
+    assert list(attached._banks()) == [layer.name for layer in attached.registry.layers()]
+    others = 2 if family == "t5" else 0  # values of cross-attention, which read the encoder's tokens
+    assert len(attached._routers()) == kinds.count(SubExpertFFN) + others, "one router a block"
+    assert 0.95 * whole < attached.bank_bytes <= whole, "density means as many bytes as without"
+    begin(model)
+    if family != "bert":
+        assert torch.equal(logits(model, batch), before)
+    moses.detach(model)
+    assert type(model) is kind and list(model.state_dict()) == list(tiny_model(family).state_dict())
+    assert torch.equal(logits(model, batch), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bank", BANKS)
+def test_a_task_learns_and_only_its_own_parameters_are_trainable(family, bank, tiny_model, tiny_batch):
     model, batch = (
-        moses.attach(tiny_model(family), moses.MosesConfig(rank=4, granularity=granularity, density=0.3, warmup=0.5)),
+        moses.attach(tiny_model(family), moses.MosesConfig(rank=4, **BANKS[bank], density=0.3, warmup=0.5)),
         tiny_batch(family),
     )
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -80,11 +117,11 @@ def test_a_task_learns_and_only_its_own_parameters_are_trainable(family, granula
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("granularity", ["rank", "element"])
+@pytest.mark.parametrize("bank", BANKS)
 @pytest.mark.parametrize("reuse", ["none", "similar", "all"])
-def test_old_tasks_keep_their_bits_under_adamw_with_decay(dtype, granularity, reuse, tiny_model, tiny_batch):
+def test_old_tasks_keep_their_bits_under_adamw_with_decay(dtype, bank, reuse, tiny_model, tiny_batch):
     model = moses.attach(
-        tiny_model("llama").to(dtype), moses.MosesConfig(rank=4, granularity=granularity, density=0.2, reuse=reuse)
+        tiny_model("llama").to(dtype), moses.MosesConfig(rank=4, **BANKS[bank], density=0.2, reuse=reuse)
     )
     answers, batches = {}, {name: tiny_batch("llama", seed=index + 2) for index, name in enumerate("abc")}
     for name, batch in batches.items():
@@ -106,10 +143,10 @@ def test_old_tasks_keep_their_bits_under_adamw_with_decay(dtype, granularity, re
     assert torch.equal(base, logits(tiny_model("llama").to(dtype), batches["a"]))
 
 
-@pytest.mark.parametrize("granularity", ["rank", "element"])
+@pytest.mark.parametrize("bank", BANKS)
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_what_was_trained_is_what_answers(family, granularity, tiny_model, tiny_batch):
-    config = moses.MosesConfig(density=0.3, granularity=granularity)
+def test_what_was_trained_is_what_answers(family, bank, tiny_model, tiny_batch):
+    config = moses.MosesConfig(density=0.3, **BANKS[bank])
     model, batch = moses.attach(tiny_model(family), config), tiny_batch(family)
     for name in "ab":
         begin(model, name, similar_to="a" if name == "b" else None)
@@ -123,15 +160,16 @@ def test_what_was_trained_is_what_answers(family, granularity, tiny_model, tiny_
     assert model.registry.overlap()[0][1] > 0, "nothing was reused, so nothing was shown"
 
 
-@pytest.mark.parametrize("granularity", ["rank", "element"])
-def test_budgets_hold_however_much_is_reused(granularity, tiny_model, tiny_batch):
-    config = moses.MosesConfig(density=0.25, growth=0.4, reuse="all", granularity=granularity)
+@pytest.mark.parametrize("bank", BANKS)
+def test_budgets_hold_however_much_is_reused(bank, tiny_model, tiny_batch):
+    config = moses.MosesConfig(density=0.25, growth=0.4, reuse="all", **BANKS[bank])
     model = moses.attach(tiny_model("llama"), config)
     for name in "abcd":
         begin(model, name)
         train_steps(model, tiny_batch("llama"), 2)
         model.end_task(name)
-    total = sum((linear.bank.d_in + linear.bank.d_out) * 32 * 2 for linear in model._banks().values())
+    banks = [layer.bank for layer in model._banks().values()]
+    total = sum((one.d_in + one.d_out) * one.num_experts * one.rank * 2 for one in banks)
     new = [model.registry.new_bytes(info.id) for info in model.registry.tasks()]
     overlap = model.registry.overlap()
     assert 0.2 * total < new[0] <= 0.25 * total
@@ -140,9 +178,9 @@ def test_budgets_hold_however_much_is_reused(granularity, tiny_model, tiny_batch
     assert all(overlap[task][task] > new[task] for task in range(1, 4)), "nothing was reused"
 
 
-@pytest.mark.parametrize("granularity", ["rank", "element"])
-def test_a_full_bank_grows_and_old_tasks_do_not_notice(granularity, tiny_model, tiny_batch):
-    config = moses.MosesConfig(num_experts=2, rank=2, density=1.0, growth=1.0, granularity=granularity, reuse="none")
+@pytest.mark.parametrize("bank", BANKS)
+def test_a_full_bank_grows_and_old_tasks_do_not_notice(bank, tiny_model, tiny_batch):
+    config = moses.MosesConfig(num_experts=2, rank=2, density=1.0, growth=1.0, **BANKS[bank], reuse="none")
     model, batch = moses.attach(tiny_model("llama"), config), tiny_batch("llama")
     begin(model, "a")
     train_steps(model, batch)
@@ -159,8 +197,9 @@ def test_a_full_bank_grows_and_old_tasks_do_not_notice(granularity, tiny_model, 
         assert not torch.equal(logits(model, batch), before)
 
 
-def test_forgetting_a_task_leaves_the_others_and_frees_only_its_own(tiny_model, tiny_batch):
-    model, batch = moses.attach(tiny_model("llama"), moses.MosesConfig(density=0.2)), tiny_batch("llama")
+@pytest.mark.parametrize("bank", ["rank", "adapter"])
+def test_forgetting_a_task_leaves_the_others_and_frees_only_its_own(bank, tiny_model, tiny_batch):
+    model, batch = moses.attach(tiny_model("llama"), moses.MosesConfig(density=0.2, **BANKS[bank])), tiny_batch("llama")
     for name in "abc":
         begin(model, name, similar_to="a" if name == "b" else None)
         train_steps(model, batch, 2)
@@ -184,8 +223,9 @@ def test_forgetting_a_task_leaves_the_others_and_frees_only_its_own(tiny_model, 
 
 
 @pytest.mark.parametrize("open_task", [False, True])
-def test_deepcopy_and_pickle_give_a_model_of_its_own(open_task, tiny_model, tiny_batch):
-    model, batch = moses.attach(tiny_model("llama")), tiny_batch("llama")
+@pytest.mark.parametrize("bank", ["rank", "adapter"])
+def test_deepcopy_and_pickle_give_a_model_of_its_own(bank, open_task, tiny_model, tiny_batch):
+    model, batch = moses.attach(tiny_model("llama"), moses.MosesConfig(**BANKS[bank])), tiny_batch("llama")
     begin(model)
     train_steps(model, batch)
     if not open_task:
@@ -206,9 +246,10 @@ def test_deepcopy_and_pickle_give_a_model_of_its_own(open_task, tiny_model, tiny
     assert [info.state for info in model.registry.tasks()] == ["open" if open_task else "ended"]
 
 
-def test_state_dict_round_trip(tiny_model, tiny_batch):
+@pytest.mark.parametrize("bank", ["rank", "adapter"])
+def test_state_dict_round_trip(bank, tiny_model, tiny_batch):
     batch = tiny_batch("llama")
-    model, twin = moses.attach(tiny_model("llama")), moses.attach(tiny_model("llama"))
+    model, twin = (moses.attach(tiny_model("llama"), moses.MosesConfig(**BANKS[bank])) for _ in range(2))
     for one in (model, twin):
         begin(one)
     train_steps(model, batch)
@@ -217,8 +258,10 @@ def test_state_dict_round_trip(tiny_model, tiny_batch):
     assert torch.equal(logits(twin, batch), logits(model, batch))
 
 
-def test_rows_of_one_batch_get_their_own_tasks(tiny_model, tiny_batch):
-    model, batch = moses.attach(tiny_model("llama")), tiny_batch("llama", rows=4)
+@pytest.mark.parametrize("bank", ["rank", "adapter"])
+def test_rows_of_one_batch_get_their_own_tasks(bank, tiny_model, tiny_batch):
+    model = moses.attach(tiny_model("llama"), moses.MosesConfig(**BANKS[bank]))
+    batch = tiny_batch("llama", rows=4)
     for seed, name in enumerate("ab"):
         begin(model, name)
         train_steps(model, tiny_batch("llama", seed=seed + 5), 6)
@@ -252,8 +295,9 @@ def test_heads_of_one_batch_are_padded_to_the_widest(tiny_model, tiny_batch):
         model(**batch)
 
 
-def test_generate_and_gradient_checkpointing_work(tiny_model, tiny_batch):
-    model, batch = moses.attach(tiny_model("llama")), tiny_batch("llama")
+@pytest.mark.parametrize("bank", ["rank", "adapter"])
+def test_generate_and_gradient_checkpointing_work(bank, tiny_model, tiny_batch):
+    model, batch = moses.attach(tiny_model("llama"), moses.MosesConfig(**BANKS[bank])), tiny_batch("llama")
     begin(model)
     model.activation_checkpointing_enable()
     model.enable_input_require_grads()
@@ -269,9 +313,9 @@ def test_generate_and_gradient_checkpointing_work(tiny_model, tiny_batch):
     assert torch.equal(first, tokens[:, 7])
 
 
-@pytest.mark.parametrize("granularity", ["rank", "element"])
-def test_compile_has_no_graph_break_in_a_bank(granularity, tiny_model, tiny_batch):
-    model, batch = moses.attach(tiny_model("llama"), moses.MosesConfig(granularity=granularity)), tiny_batch("llama")
+@pytest.mark.parametrize("bank", BANKS)
+def test_compile_has_no_graph_break_in_a_bank(bank, tiny_model, tiny_batch):
+    model, batch = moses.attach(tiny_model("llama"), moses.MosesConfig(**BANKS[bank])), tiny_batch("llama")
     begin(model)
     train_steps(model, batch)
     model.end_task("a")
@@ -314,6 +358,34 @@ def test_unknown_architectures_and_names_are_refused_with_what_there_is(tiny_mod
         moses.attach(attached)
 
 
+def test_where_no_ffn_can_be_told_its_experts_are_refused(tiny_model):
+    import transformers as hf
+
+    config = moses.MosesConfig(ffn_experts="adapter")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 97}
+    opt = hf.OPTForCausalLM(hf.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32))
+    with pytest.raises(moses.MosesError, match=r"'opt' has no module that is its FFN.*llama") as caught:
+        moses.attach(opt, config)
+    assert caught.value.code == "unknown_architecture" and not isinstance(opt, moses.attached.MosesModel)
+    stablelm = hf.StableLmForCausalLM(hf.StableLmConfig(**sizes, intermediate_size=48, num_key_value_heads=4))
+    named = moses.MosesConfig(ffn_experts="adapter", target_modules=("q_proj",))
+    with pytest.raises(moses.MosesError, match="'stablelm' is not known") as caught:
+        moses.attach(stablelm, named)
+    assert caught.value.code == "unknown_architecture"
+    for family, name in (("llama", "gate_proj"), ("bert", "intermediate.dense")):
+        with pytest.raises(moses.MosesError, match=name) as caught:
+            moses.attach(tiny_model(family), moses.MosesConfig(ffn_experts="adapter", target_modules=name))
+        assert caught.value.code == "bad_setting"
+    own = moses.attach(
+        tiny_model("bert"), moses.MosesConfig(ffn_experts="adapter", target_modules=("key", "attention.output.dense"))
+    )
+    assert [path.split(".", 3)[3] for path in own._banks()][:3] == [
+        "0.attention.self.key",
+        "0.attention.output.dense",
+        "0.output",
+    ]
+
+
 def test_nan_activations_are_an_error_and_no_route(tiny_model, tiny_batch):
     model, batch = moses.attach(tiny_model("llama")), tiny_batch("llama")
     begin(model)
@@ -325,18 +397,21 @@ def test_nan_activations_are_an_error_and_no_route(tiny_model, tiny_batch):
     assert caught.value.code == "router_not_finite"
 
 
-def test_trainable_parameters_are_counted_as_in_peft(tiny_model):
-    model = moses.attach(tiny_model("llama"))
+@pytest.mark.parametrize("bank", ["rank", "adapter"])
+def test_trainable_parameters_are_counted_as_in_peft(bank, tiny_model):
+    model = moses.attach(tiny_model("llama"), moses.MosesConfig(**BANKS[bank]))
     assert model.get_nb_trainable_parameters()[0] == 0
     begin(model)
     trainable, total = model.get_nb_trainable_parameters()
     assert 0 < trainable < total
+    opened = sum(layer.bank.free_A.numel() + layer.bank.free_B.numel() for layer in model._banks().values())
+    assert trainable == opened + sum(router.weight.numel() for router in model._routers().values())
 
 
-@pytest.mark.parametrize("granularity", ["rank", "element"])
+@pytest.mark.parametrize("bank", BANKS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_was_trained_answers_also_where_weights_are_rounded(granularity, dtype, tiny_model, tiny_batch):
-    config = moses.MosesConfig(rank=4, density=0.3, granularity=granularity, weight_dtype=dtype)
+def test_what_was_trained_answers_also_where_weights_are_rounded(bank, dtype, tiny_model, tiny_batch):
+    config = moses.MosesConfig(rank=4, density=0.3, **BANKS[bank], weight_dtype=dtype)
     model, batch = moses.attach(tiny_model("llama"), config), tiny_batch("llama")
     begin(model)
     train_steps(model, batch, 2)

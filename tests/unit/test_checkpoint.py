@@ -40,9 +40,11 @@ def trained(tiny_model, tiny_batch):
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5"])
-@pytest.mark.parametrize("granularity", ["rank", "element"])
-def test_a_loaded_run_answers_with_the_same_bits(family, granularity, trained, tiny_model, tiny_batch, tmp_path):
-    model, batch = trained(family, granularity=granularity), tiny_batch(family)
+@pytest.mark.parametrize(
+    "bank", [{}, {"granularity": "element"}, {"ffn_experts": "adapter"}], ids=["rank", "element", "adapter"]
+)
+def test_a_loaded_run_answers_with_the_same_bits(family, bank, trained, tiny_model, tiny_batch, tmp_path):
+    model, batch = trained(family, **bank), tiny_batch(family)
     model.save(tmp_path / "run")
     twin = moses.load(tmp_path / "run", tiny_model(family))
     for name in "abc":

@@ -21,6 +21,7 @@ from moses.methods.peft_adapters import PeftMethodConfig
         (MosesConfig, "growth", float("nan")),
         (MosesConfig, "alpha", float("inf")),
         (MosesConfig, "granularity", "row"),
+        (MosesConfig, "ffn_experts", "moe"),
         (MosesConfig, "reuse", True),
         (MosesConfig, "target_modules", ()),
         (MosesConfig, "target_modules", ["q_proj", ""]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from moses import evaluate, training
 from moses.progress import Progress
 from moses.session import Session
 from moses.stream import load_stream
+from moses.verify import verify_path
 
 SETTINGS = {
     "epochs": 3,
@@ -125,11 +127,20 @@ def test_classifiers_and_encoder_decoders_learn_a_stream(method, family, tiny_mo
     assert not loaded.training
 
 
-@pytest.mark.parametrize("method", ["moses", "sequential", "per-task"])
-@pytest.mark.parametrize("stop", ["in training", "before commit", "after commit", "before row"])
+@pytest.mark.parametrize(
+    ("method", "stop"),
+    [
+        *itertools.product(
+            ["moses", "sequential", "per-task"], ["in training", "before commit", "after commit", "before row"]
+        ),
+        ("moses-adapter", "in training"),
+    ],
+)
 def test_an_interrupted_run_resumes_to_the_same_results(method, stop, tiny_folder, tmp_path, monkeypatch):
     whole, part = tmp_path / "whole", tmp_path / "part"
     small = {"epochs": 1, "eval_limit": 3, "eval_modes": ["til"] if stop != "before row" else ["til", "tail"]}
+    if method == "moses-adapter":
+        method, small = "moses", small | {"ffn_experts": "adapter"}
     run(tiny_folder, whole, method, settings=small)
     interrupt(monkeypatch, stop)
     with pytest.raises(KeyboardInterrupt):
@@ -137,6 +148,7 @@ def test_an_interrupted_run_resumes_to_the_same_results(method, stop, tiny_folde
     monkeypatch.undo()
     run(tiny_folder, part, method, settings=small, resume=True)
     assert measured(part) == measured(whole)
+    assert verify_path(part, whole).problems == []
 
 
 def interrupt(monkeypatch, stop):

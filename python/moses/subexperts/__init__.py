@@ -1,7 +1,18 @@
-"""Banks of low-rank experts beside frozen linear maps, seen through a task's masks (MoSEs, arXiv 2511.06237)."""
+"""Banks of experts beside frozen linear maps and FFNs, seen through a task's masks (MoSEs, arXiv 2511.06237)."""
 
 from .element import ElementBank
-from .linear import Bank, SubExpertLinear, make_bank
+from .ffn import SubExpertFFN
+from .layer import Bank, Gates, SubExpertLayer, make_bank
+from .linear import SubExpertLinear
 from .rank import RankBank
 
-__all__ = ["Bank", "ElementBank", "RankBank", "SubExpertLinear", "make_bank"]
+__all__ = [
+    "Bank",
+    "ElementBank",
+    "Gates",
+    "RankBank",
+    "SubExpertFFN",
+    "SubExpertLayer",
+    "SubExpertLinear",
+    "make_bank",
+]

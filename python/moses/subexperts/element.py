@@ -142,6 +142,10 @@ class ElementBank(nn.Module):
             through = through + (score - score.detach())
         return weight * through
 
+    def width(self, task: int) -> int:
+        """The rows that an expert has: R, since masks cut no rows."""
+        return self.rank
+
     def grow(self, count: int) -> None:
         """Add `count` experts behind the present ones."""
         self.num_experts += count

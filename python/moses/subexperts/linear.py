@@ -10,59 +10,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import MosesConfig
-from ..context import TaskContext
-from ..routers import TaskRouter
-from .element import ElementBank
-from .rank import RankBank
-
-Bank = RankBank | ElementBank
+from .layer import SubExpertLayer
 
 
-def make_bank(config: MosesConfig, d_out: int, d_in: int) -> Bank:
-    """An empty bank of the config's granularity."""
-    dtype: torch.dtype = getattr(torch, config.weight_dtype)
-    if config.granularity == "rank":
-        return RankBank(d_out, d_in, config.num_experts, config.rank, config.candidates, dtype)
-    return ElementBank(d_out, d_in, config.num_experts, config.rank, dtype)
-
-
-class Gates:
-    """Where the first linear map of a block leaves the block's gates for the others, which run after it.
-
-    Holds nothing that outlives a forward in a copy: a pickled or deep-copied one is empty.
-    """
-
-    def __init__(self) -> None:
-        self.value: tuple[Tensor, ...] | None = None
-
-    def __getstate__(self) -> dict[str, None]:
-        return {"value": None}
-
-
-class SubExpertLinear(nn.Module):
-    """`base_layer` plus the update of the context's tasks.
-
-    Attributes:
-        base_layer: the frozen linear map, as it was.
-        bank: its experts.
-        router: the router that reads this map's input, for the first map of a block; None for those that share its gates.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        bank: Bank,
-        scale: float,
-        context: TaskContext,
-        gates: Gates,
-        router: TaskRouter | None,
-    ) -> None:
-        super().__init__()
-        self.base_layer, self.bank, self.scale = base_layer, bank, scale
-        self.context, self.gates, self.router = context, gates, router
+class SubExpertLinear(SubExpertLayer):
+    """A linear map plus the update of the context's tasks."""
 
     @property
     def weight(self) -> Tensor:
@@ -76,27 +30,14 @@ class SubExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., D_in) to (batch, ..., D_out)."""
-        y: Tensor = self.base_layer(x)
-        if not self.context.groups:
-            return y
-        if self.router is not None:
-            self.gates.value = self.router.gates(x)
-        assert self.gates.value is not None, "a bank ran before the first one of its block"
-        for group, gate in zip(self.context.groups, self.gates.value, strict=True):
-            A, B, experts = self.bank.weights(group.task)
-            if A.shape[0] == 0:
-                continue
-            if group.rows is None:
-                y = self._update(y, x, A, B, gate[..., experts])
-            else:
-                rows = group.rows.to(x.device)
-                part = self._update(y.index_select(0, rows), x.index_select(0, rows), A, B, gate[..., experts])
-                y = y.index_copy(0, rows, part)
-        return y
+        return self.add_update(self.base_layer(x), x)
 
-    def _update(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
+    def _update(self, y: Tensor, x: Tensor, task: int, gates: Tensor) -> Tensor:
+        A, B, experts = self.bank.weights(task)
+        if A.shape[0] == 0:
+            return y
         hidden = F.linear(x, A.to(x.dtype))
-        hidden = hidden * gates.to(hidden.dtype)
+        hidden = hidden * gates[..., experts].to(hidden.dtype)
         flat = torch.addmm(
             y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B.to(y.dtype), alpha=self.scale
         )

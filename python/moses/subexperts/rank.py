@@ -1,5 +1,7 @@
 """A bank whose masks select whole rank components: unit j is row A[j] with row B[j], and belongs to expert j // R.
 
+Beside an FFN a component is a hidden neuron: A[j] is its row of down, B[j] its column of up.
+
 Structured masks cost next to nothing on disk, and a task computes only with the components it uses.
 """
 
@@ -17,19 +19,22 @@ SPACE = "components"
 
 @dataclass
 class _View:
-    """Units of one task, ascending, and the expert of each: (C,) int64."""
+    """Units of one task, ascending, the expert of each: (C,) int64, and the most units of an expert."""
 
     units: Tensor
     experts: Tensor
+    width: int
 
 
 @dataclass
 class _Candidates:
-    """What the open task may use: free units (F,) ascending, frozen units (U,) ascending, and which of the free ones are kept."""
+    """What the open task may use: free units (F,) ascending, frozen units (U,) ascending, which of the free ones are kept, and the
+    most units that an expert then has."""
 
     fresh: Tensor
     reused: Tensor
     kept: Tensor
+    width: int = 0
 
 
 class RankBank(nn.Module):
@@ -75,6 +80,7 @@ class RankBank(nn.Module):
         units = self._spread(mask_units(fresh[SPACE], device))
         kept = torch.arange(len(units), device=device)
         self._candidates = _Candidates(units, mask_units(reused[SPACE], device), kept)
+        self._measure(self._candidates)
         start = (torch.rand(len(units), self.d_in, generator=generator) * 2 - 1) * self.d_in**-0.5
         self.free_A = nn.Parameter(start.to(device))
         self.free_B = nn.Parameter(torch.zeros(len(units), self.d_out, device=device))
@@ -106,6 +112,13 @@ class RankBank(nn.Module):
         candidates = self._opened()[0]
         candidates.kept = torch.nonzero(kept[SPACE]).flatten().to(self.frozen_A.device)
         candidates.reused = candidates.reused[kept_reused[SPACE].to(candidates.reused.device)]
+        self._measure(candidates)
+
+    def _measure(self, candidates: _Candidates) -> None:
+        candidates.width = self._width(torch.cat([candidates.reused, candidates.fresh[candidates.kept]]))
+
+    def _width(self, units: Tensor) -> int:
+        return int(torch.bincount(units // self.rank, minlength=1).max())
 
     def hold(self) -> None:
         """Hold the present selection for good; components are selected once, so there is nothing to stop."""
@@ -132,7 +145,7 @@ class RankBank(nn.Module):
     def read(self, task: int, masks: dict[str, _core.Mask], num_experts: int) -> None:
         """Take `task`'s masks from the registry, for its forward; it was trained with `num_experts` experts."""
         units = mask_units(masks[SPACE], self.frozen_A.device)
-        self._views[task] = _View(units, units // self.rank)
+        self._views[task] = _View(units, units // self.rank, self._width(units))
 
     def forget(self, task: int) -> None:
         """Forget what `read` took for `task`."""
@@ -151,6 +164,12 @@ class RankBank(nn.Module):
         if view.units.device != self.frozen_A.device:
             view.units, view.experts = view.units.to(self.frozen_A.device), view.experts.to(self.frozen_A.device)
         return self.frozen_A[view.units], self.frozen_B[view.units], view.experts
+
+    def width(self, task: int) -> int:
+        """The most components of `task` that one expert has; known without a look at a device."""
+        if task == self.open_task:
+            return self._opened()[0].width
+        return self._views[task].width
 
     def grow(self, count: int) -> None:
         """Add `count` experts behind the present ones."""
