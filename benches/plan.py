@@ -106,8 +106,9 @@ def main() -> None:
                         "bandwidth": bandwidth,
                     }
                     rows.append(row)
+                    low, high = row["range_ms"]
                     print(
-                        f"| {threads} | {tokens:,} x {top_k} | {experts} | {middle['moses']:.3f} ({row['range_ms'][0]:.3f} to {row['range_ms'][1]:.3f}) "
+                        f"| {threads} | {tokens:,} x {top_k} | {experts} | {middle['moses']:.3f} ({low:.3f} to {high:.3f}) "
                         f"| {middle['torch']:.3f} | {middle['numpy']:.3f} | {row['times_torch']:.1f} ({row['bar']}) | {row['times_limit']:.1f} "
                         f"| {row['bytes_a_pair']:.1f} |",
                         flush=True,

@@ -32,6 +32,7 @@ TRAINING = {
 VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "moses": ("moses", 8, {}),
     "moses-no-reuse": ("moses", 8, {"reuse": "none"}),
+    "moses-adapter": ("moses", 8, {"ffn_experts": "adapter"}),
     "per-task-lora-1": ("per-task", 1, {"rank": 1}),
     "per-task-lora-2": ("per-task", 2, {"rank": 2}),
     "per-task-lora-4": ("per-task", 4, {"rank": 4}),
