@@ -22,7 +22,8 @@ from .heads import TaskHead
 from .methods import Method
 from .stream.prompt import Collator
 
-MAX_EXAMPLES = 256
+MAX_EXAMPLES, MIN_EXAMPLES = 256, 16  # a candidate
+SHARE = 0.1  # of the cost of training the task, over all candidates; a forward is a third of a step
 RIDGES = (0.01, 0.1, 1.0, 10.0)  # times the mean square of the features
 
 
@@ -39,12 +40,14 @@ class DonorProbe:
         tokenizer: for padding.
         precision: as in training.
         batch_size: examples a forward.
+        epochs: of the training that the probe is a small share of.
     """
 
     method: Method
     tokenizer: Any
     precision: str
     batch_size: int
+    epochs: int
 
     def best(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """The ended task with the lowest cost on `rows` (a task's encoded training examples); None is the base model.
@@ -54,8 +57,10 @@ class DonorProbe:
         names = [None, *(info.name for info in self.method.registry.tasks() if info.state == "ended")]
         if len(names) == 1:
             return None
-        step = max(1, len(rows) // MAX_EXAMPLES)
-        sample = sorted(rows[::step][:MAX_EXAMPLES], key=lambda row: len(row["input_ids"]))
+        affordable = int(SHARE * 3 * self.epochs * len(rows) / len(names))
+        wanted = min(len(rows), MAX_EXAMPLES, max(MIN_EXAMPLES, affordable))
+        sample = [rows[index * len(rows) // wanted] for index in range(wanted)]
+        sample.sort(key=lambda row: len(row["input_ids"]))
         costs = [self._cost(name, sample) for name in names]
         return names[costs.index(min(costs))]
 

@@ -180,7 +180,9 @@ class Session:
     def donor(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """The ended task that a new one with these encoded training examples starts from; None is the base model."""
         config = self.train_config
-        return DonorProbe(self.method, self.tokenizer, config.precision, config.eval_batch_size).best(rows)
+        return DonorProbe(self.method, self.tokenizer, config.precision, config.eval_batch_size, config.epochs).best(
+            rows
+        )
 
     def commit_task(self, name: str, views: Views, similar: str | None) -> None:
         """Write an ended task: its tensors, the registry and the identifier's state, in one commit."""

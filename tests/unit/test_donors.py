@@ -69,7 +69,7 @@ def test_the_task_that_learned_the_same_examples_is_the_donor(family, tiny_model
     torch.manual_seed(0)
     method = method_class("moses")(tiny_model(family), moses.MosesConfig(rank=4, density=0.5))
     own, other = tiny_batch(family, rows=24, seed=3), tiny_batch(family, rows=24, seed=4)
-    probe = DonorProbe(method, Padding(), "float32", 8)
+    probe = DonorProbe(method, Padding(), "float32", 8, epochs=5)
     assert probe.best(rows_of(own)) is None, "there is no task yet"
     for name, batch in (("other", other), ("own", own), ("third", tiny_batch(family, rows=24, seed=5))):
         learn(method, name, batch, 2 if family == "bert" else None)
@@ -83,4 +83,15 @@ def test_where_the_base_model_serves_best_a_task_starts_afresh(tiny_model, tiny_
     method = method_class("moses")(tiny_model("llama"), moses.MosesConfig(rank=4, density=0.5))
     batch = tiny_batch("llama", rows=8)
     learn(method, "wrong", batch, sign=-1.0)
-    assert DonorProbe(method, Padding(), "float32", 8).best(rows_of(batch)) is None
+    assert DonorProbe(method, Padding(), "float32", 8, epochs=5).best(rows_of(batch)) is None
+
+
+def test_the_probe_asks_for_a_share_of_what_training_costs(tiny_model, tiny_batch, monkeypatch):
+    method = method_class("moses")(tiny_model("llama"), moses.MosesConfig(rank=4, density=0.5))
+    rows, asked = rows_of(tiny_batch("llama", rows=200)), []
+    for name in "ab":
+        learn(method, name, tiny_batch("llama"))
+    monkeypatch.setattr(DonorProbe, "_cost", lambda self, name, sample: asked.append(len(sample)) or 1.0)
+    for epochs in (1, 3, 50):
+        DonorProbe(method, Padding(), "float32", 8, epochs).best(rows)
+    assert asked == [20] * 3 + [60] * 3 + [200] * 3
