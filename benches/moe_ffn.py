@@ -2,11 +2,12 @@
 
     python benches/moe_ffn.py [--threads 1,2] [--dtypes float32,bfloat16] [--shapes 16x1024,16x2048,256x256] [--rounds 7] [--batches fresh,same]
 
-T = 4,096 tokens, D = 512, SwiGLU, the gradient of the input and of every weight. A shape is experts x width; the experts a token uses are 2, and 8 of
-256. "dense" is gate, up and down of width k·F as three linear maps, the faster of gate and up apart or in one. "eager" and "grouped_mm" are
-transformers' Mixtral block with those experts implementations, "moses" the same block with ours, "MoELayer" our own layer. Systems take turns within a
-round; times are medians over rounds, with the smallest and largest. Batches are "fresh": a new one each round, as in training (an expert's
-number of rows differs, for which oneDNN builds new kernels), or the "same" one. Ratios are medians of the ratio to dense within a round.
+T = 4,096 tokens, D = 512, SwiGLU, the gradient of the input and of every weight. A shape is experts x width; a token uses 2 experts, and 8 of
+256. "dense" is gate, up and down of width k·F as three linear maps, or with gate and up in one: ratios are to the faster. "eager" and
+"grouped_mm" are transformers' Mixtral block with those experts implementations, "moses" the same block with ours, "MoELayer" our own layer.
+Systems take turns within a round; times are medians over rounds, with the smallest and largest. Batches are "fresh", a new one each round, as
+in training (an expert's number of rows differs, and oneDNN builds kernels for shapes that it has not seen), or the "same" one. Ratios are
+medians of the ratio to dense within a round.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TOKENS, D = 4096, 512
 TOP_K = {256: 8}  # 2 for the others
 BARS = {"float32": 1.15, "bfloat16": 1.25}
 MANY_BAR = 1.4
+WARM_UP = 2  # rounds that are not counted
 SLOW = {256: ("eager",)}  # takes half a minute: one round
 RESULTS = Path(__file__).parent / "results" / "moe_ffn.json"
 
@@ -77,14 +79,14 @@ def measure(experts, width, dtype, threads, rounds, batches):
     torch.manual_seed(0)
     top_k = TOP_K.get(experts, 2)
     made = systems(experts, top_k, width, dtype)
-    inputs = [torch.randn(1, TOKENS, D).to(dtype) for _ in range(rounds + 1 if batches == "fresh" else 1)]
+    inputs = [torch.randn(1, TOKENS, D).to(dtype) for _ in range(rounds + WARM_UP if batches == "fresh" else 1)]
     upper = torch.randn(1, TOKENS, D).to(dtype)
     seconds = {name: [] for name in made}
-    for number in range(-1, rounds):  # the first round is not counted
+    for number in range(-WARM_UP, rounds):
         for name, module in made.items():
             if name in SLOW.get(experts, ()) and number != 0:
                 continue
-            spent = step(module, inputs[number + 1 if batches == "fresh" else 0], upper)
+            spent = step(module, inputs[number + WARM_UP if batches == "fresh" else 0], upper)
             if number >= 0:
                 seconds[name].append(spent)
             module.zero_grad(set_to_none=True)

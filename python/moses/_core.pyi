@@ -29,6 +29,8 @@ __all__ = [
     "cuda_source",
     "dispatch_plan",
     "error_codes",
+    "gate_backward",
+    "gate_forward",
     "gather",
     "hash_buffers",
     "pool_bytes",
@@ -469,3 +471,33 @@ def combine_backward_weights(
     threads: int,
 ) -> None:
     """`moses::combine_backward_weights`, as `combine`."""
+
+def gate_forward(
+    dtype: str,
+    form: tuple[float, float],
+    hidden: Buffer,
+    start: int,
+    rows: int,
+    width: int,
+    out: Buffer,
+    threads: int,
+) -> None:
+    """act(gate) * up of the hidden rows (gate, up) from `start` on, each half `width` items of `dtype`, into `out`'s first rows.
+
+    act(g) = g * sigmoid(a * g + b * g^3) for the form (a, b), in float32, rounded once. 16-bit floats come as 16-bit integers.
+    Raises `DispatchError` (`dispatch_arguments`), `BufferError`.
+    """
+
+def gate_backward(
+    dtype: str,
+    form: tuple[float, float],
+    hidden: Buffer,
+    start: int,
+    rows: int,
+    width: int,
+    grad: Buffer,
+    out: Buffer,
+    grad_hidden: Buffer,
+    threads: int,
+) -> None:
+    """With `grad` for what `gate_forward` gives: that again into `out`, and the hidden rows' gradient into `grad_hidden`."""
