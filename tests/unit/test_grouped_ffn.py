@@ -12,6 +12,7 @@ from moses import _core
 from moses.buffers import empty
 from moses.errors import DispatchError
 from moses.ops import ACTIVATIONS, grouped_ffn, grouped_ffn_reference, grouped_linear
+from moses.ops.crew import groups
 from moses.ops.ffn import grouped_ffn_backward_reference
 from moses.ops.products import padded_rows, slices
 
@@ -176,18 +177,35 @@ def test_inference_keeps_no_hidden_rows():
     torch.testing.assert_close(y, grouped_ffn(x.clone().requires_grad_(), into, out, offsets, "silu"))
 
 
-def test_two_threads_split_rows_and_change_nothing_of_the_gate():
-    x, into, out, offsets = case(torch.bfloat16, loads=[700, 300], width=32, inner=512)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_are_bit_identical_for_any_number_of_threads(dtype):
+    x, into, out, offsets = case(dtype, loads=[250, 230, 0, 241, 259], width=64, inner=96)
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 4, 2):
             torch.set_num_threads(threads)
+            poison()
             y = grouped_ffn(x, into, out, offsets, "silu")
             found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, into, out))))
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=0.02, atol=0.02 * float(one.detach().abs().max()))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_threads_share_experts_out_in_order_where_they_can():
+    even = list(slices(list(range(0, 1601, 100)), torch.float32))
+    for threads in (2, 3, 4):
+        shared = groups(even, threads)
+        assert len(shared) == threads and [part for group in shared for part in group] == even
+        assert max(map(len, shared)) - min(map(len, shared)) <= 1
+    assert groups(even, 1) == [even]
+    skewed = list(slices([0, 900, 1000, 1100], torch.float32))
+    assert groups(skewed, 2) == [skewed], "one thread would wait for the other"
+    few = list(slices([0, 10, 20], torch.float32))
+    assert groups(few, 2) == [few]
 
 
 def test_what_does_not_fit_is_refused():
