@@ -106,7 +106,8 @@ mod tests {
         pool.give(first);
         let again = pool.take(900).unwrap();
         assert_eq!(again.as_ptr(), address);
-        assert_ne!(pool.take(900).unwrap().as_ptr(), address);
+        let other = pool.take(900).unwrap();
+        assert_ne!(other.as_ptr(), address);
         assert_eq!(pool.bytes(), 0);
         assert!(bytemuck::cast_slice::<Line, u8>(&again).len() >= 900);
     }

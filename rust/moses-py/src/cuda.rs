@@ -3,10 +3,8 @@
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
 
-const SOURCES: [(&str, &str); 2] = [
-    ("dispatch", include_str!("../../../cuda/dispatch.cu")),
-    ("combine", include_str!("../../../cuda/combine.cu")),
-];
+const SOURCES: [(&str, &str); 2] =
+    [("dispatch", include_str!("../../../cuda/dispatch.cu")), ("combine", include_str!("../../../cuda/combine.cu"))];
 
 #[pyfunction]
 pub(crate) fn cuda_source(name: &str) -> PyResult<&'static str> {
