@@ -35,7 +35,11 @@ def case(dtype=torch.float64, gated=True, transposed=False, loads=LOADS, extra=2
 
 def poison():
     """Fill the free memory of the pool with NaN."""
-    held = [empty((size,), torch.float32).fill_(float("nan")) for size in (1 << 14, 1 << 15, 1 << 16, 1 << 18) for _ in range(4)]
+    held = [
+        empty((size,), torch.float32).fill_(float("nan"))
+        for size in (1 << 14, 1 << 15, 1 << 16, 1 << 18)
+        for _ in range(4)
+    ]
     del held
 
 
