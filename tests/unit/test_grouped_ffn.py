@@ -35,7 +35,11 @@ def case(dtype=torch.float64, gated=True, transposed=False, loads=LOADS, extra=2
 
 def poison():
     """Fill the free memory of the pool with NaN."""
-    held = [empty((size,), torch.float32).fill_(float("nan")) for size in (1 << 14, 1 << 16, 1 << 18) for _ in range(4)]
+    held = [
+        empty((size,), torch.float32).fill_(float("nan"))
+        for size in (1 << 14, 1 << 15, 1 << 16, 1 << 18)
+        for _ in range(4)
+    ]
     del held
 
 
@@ -89,7 +93,7 @@ def test_the_ops_pass_opcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_beside_an_experts_rows_never_reaches_it(dtype):
     """Products take more rows than an expert has: NaNs of the neighbours and of old memory must stay where they are."""
-    x, into, out, offsets = case(dtype, loads=[18, 19, 33], extra=0, width=64, inner=96)
+    x, into, out, offsets = case(dtype, loads=[18, 19, 33], extra=0, width=64, inner=1024)
     clean = grouped_ffn(x, into, out, offsets, "silu")
     (clean_x, clean_into) = torch.autograd.grad(clean.sum(), (x, into))
     for bad in (0, 1, 2):

@@ -104,7 +104,7 @@ class Rows:
             return
         product = self.copy[part.padded]
         torch.mm(left, right, out=product)
-        self.rows.narrow(0, part.start, part.count).copy_(product[: part.count])
+        self.rows.narrow(0, part.start, part.rows).copy_(product[: part.rows])
 
 
 def tallest(group: Sequence[Slice]) -> int:
@@ -133,10 +133,10 @@ def ffn_cpu(
             left = window(x, part, copy.whole)
             if keep:
                 hidden.write(part, left, lower)
-                hide.forward(part.start, part.count, inside)
+                hide.forward(part.start, part.rows, inside)
             else:
                 torch.mm(left, lower, out=one[part.padded])
-                hide.forward(0, part.count, inside)
+                hide.forward(0, part.rows, inside)
             result.write(part, inside[part.padded], upper)
 
     crew.run(compute, list(slices(limits, dtype)))
@@ -174,7 +174,7 @@ def ffn_backward_cpu(
         above_copy, below_copy = (Blocks(height, width, dtype) for _ in range(2))
         result = Rows(grad_x, group, above_copy)
         for part in group:
-            count, padded, expert = part.count, part.padded, part.expert
+            count, padded, expert = part.rows, part.padded, part.expert
             lower, upper = maps[expert]
             above = zero_padded(grad, part, above_copy.whole)
             h, grad_hidden = inside[padded], grad_high[padded]

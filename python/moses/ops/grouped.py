@@ -94,7 +94,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) ->
     flat = weight if transposed else weight.transpose(1, 2)
     limits = offsets.tolist()
     parts = list(slices(limits, x.dtype))
-    slack = max((part.padded - part.count for part in parts), default=0)
+    slack = max((part.padded - part.rows for part in parts), default=0)
     out = empty((x.shape[0] + slack, flat.shape[2]), x.dtype)
     copy = x.new_empty(max((part.padded for part in parts), default=0) if slack else 0, x.shape[1])
     for part in parts:

@@ -24,7 +24,7 @@ class Slice(NamedTuple):
     padded: int
 
     @property
-    def count(self) -> int:
+    def rows(self) -> int:
         """Rows of the expert."""
         return self.end - self.start
 
@@ -55,9 +55,9 @@ def window(rows: Tensor, part: Slice, scratch: Tensor) -> Tensor:
 
 def zero_padded(rows: Tensor, part: Slice, scratch: Tensor) -> Tensor:
     """(padded, D): the expert's rows and zeros behind them, copied to `scratch` where it takes any."""
-    if part.padded == part.count:
-        return rows.narrow(0, part.start, part.count)
+    if part.padded == part.rows:
+        return rows.narrow(0, part.start, part.rows)
     copy = scratch[: part.padded]
-    copy[: part.count].copy_(rows[part.start : part.end])
-    copy[part.count :].zero_()
+    copy[: part.rows].copy_(rows[part.start : part.end])
+    copy[part.rows :].zero_()
     return copy
