@@ -4,10 +4,10 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.moses
-RUST_SOURCES := $(shell find rust cuda -name '*.rs' -o -name 'Cargo.toml' -o -name '*.cu') Cargo.toml Cargo.lock
+RUST_SOURCES := $(shell find rust cuda -name '*.rs' -o -name 'Cargo.toml' -o -name '*.cu' -o -name '*.cuh') Cargo.toml Cargo.lock
 OUT ?= build/demo
 
-.PHONY: help setup test test-rust test-python test-gpu prove bench bench-dispatch bench-stream8 lint fmt docs demo clean
+.PHONY: help setup test test-rust test-python test-gpu prove bench bench-dispatch bench-stream8 bench-gpu lint fmt docs demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -47,6 +47,9 @@ bench-stream8: setup $(STAMPS)/minilm
 
 test-gpu: setup ## the tests of the CUDA kernels, on a machine with a CUDA device
 	$(BIN)/python -m pytest -q -rs tests/gpu tests/cuda
+
+bench-gpu: setup ## the measurements of the CUDA kernels, on a machine with a CUDA device
+	$(BIN)/python benches/gpu.py
 
 lint: setup ## formatting, lints and types
 	cargo fmt --check

@@ -398,7 +398,7 @@ class Block:
     def __len__(self) -> int: ...
 
 def cuda_source(name: str) -> str:
-    """The text of `cuda/NAME.cu`: `dispatch` or `combine`. Raises `KeyError`."""
+    """The text of `cuda/NAME.cu`, `dispatch` or `combine`, behind that of `cuda/device.cuh`. Raises `KeyError`."""
 
 def pool_bytes() -> int:
     """Bytes of free memory that the pool keeps, at most 1 GiB."""

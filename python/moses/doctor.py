@@ -13,6 +13,8 @@ from typing import Any
 
 DISTRIBUTION = "moses-cl"
 SHOWN = ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy", "matplotlib", "rich", "typer")
+BINDINGS = "cuda-bindings"
+NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")  # of CUDA 13 on, and before
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -61,7 +63,7 @@ def examine(full: bool = False) -> Checkup:
             "memory_bytes": _memory(),
         },
         threads={name: os.environ[name] for name in THREADS if name in os.environ},
-        cuda=_cuda(),
+        cuda=_cuda(missing),
         caches=_caches(missing),
         missing=missing,
     )
@@ -120,7 +122,7 @@ def _memory() -> int | None:
         return None
 
 
-def _cuda() -> dict[str, Any]:
+def _cuda(missing: list[Missing]) -> dict[str, Any]:
     """What the kernel's driver says of itself: no library is loaded and no device is woken."""
     driver = None
     if _DRIVER.is_file():
@@ -131,7 +133,20 @@ def _cuda() -> dict[str, Any]:
         lines = (line.partition(":") for line in information.read_text(errors="replace").splitlines())
         fields = {key.strip(): value.strip() for key, _, value in lines}
         devices.append(fields.get("Model", "unknown"))
-    return {"driver": driver, "devices": devices, "needed": False}
+    return {"driver": driver, "devices": devices, "needed": False, "kernels": _kernels(bool(devices), missing)}
+
+
+def _kernels(device: bool, missing: list[Missing]) -> dict[str, Any]:
+    """Whether the CUDA kernels can be had, by what is installed: by which NVRTC, or why not. `--full` tries it."""
+    nvrtc = next((version for name in NVRTC if (version := version_of(name))), None)
+    lacks = [name for name, version in ((BINDINGS, version_of(BINDINGS)), (NVRTC[0], nvrtc)) if version is None]
+    if lacks and device:
+        mend = f"python -m pip install {' '.join(lacks)}"
+        missing.append(
+            Missing(f"{' and '.join(lacks)}, without which plain torch replaces the CUDA kernels", mend, required=False)
+        )
+    why = f"{' and '.join(lacks)} not installed" if lacks else None if device else "no CUDA device"
+    return {"available": why is None, "nvrtc": nvrtc, "why": why}
 
 
 def _caches(missing: list[Missing]) -> dict[str, dict[str, Any]]:
@@ -162,10 +177,28 @@ def _ask_torch(missing: list[Missing]) -> dict[str, Any]:
     available = torch.cuda.is_available()
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if available else []
     return {
+        **({"kernels": _try_kernels(torch.cuda.device_count())} if available else {}),
         "torch": {
             "cuda": torch.version.cuda,
             "available": available,
             "devices": names,
             "threads": torch.get_num_threads(),
-        }
+        },
     }
+
+
+def _try_kernels(num_devices: int) -> dict[str, Any]:
+    """Compile and load the kernels of every device; the NVRTC that did it, or the first reason against it."""
+    import torch
+
+    from moses.cuda import launch
+    from moses.cuda.compile import version
+    from moses.errors import KernelError
+
+    try:
+        nvrtc: str | None = version()
+    except KernelError:
+        nvrtc = None
+    reasons = [launch.why_not(torch.device("cuda", index)) for index in range(num_devices)]
+    why = next((reason for reason in reasons if reason is not None), None)
+    return {"available": why is None, "nvrtc": nvrtc, "why": why}

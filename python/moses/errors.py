@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DispatchError",
     "FormatError",
+    "KernelError",
     "ModelError",
     "MosesError",
     "RegistryError",
@@ -56,6 +57,12 @@ class DispatchError(MosesError):
     """Routes, a plan and rows do not fit each other, or an id is out of range."""
 
     code = "dispatch"
+
+
+class KernelError(MosesError):
+    """A CUDA kernel cannot be compiled, loaded or started."""
+
+    code = "kernel"
 
 
 class RegistryError(MosesError):

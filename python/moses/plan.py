@@ -190,7 +190,7 @@ def _plan_cuda(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs = expert_ids.numel()
     rows = num_rows(pairs, num_experts, capacity, pad)
-    return kernels.plan(expert_ids.long(), num_experts, capacity, pad, rows, index_dtype(pairs, rows))
+    return kernels.plan(expert_ids, num_experts, capacity, pad, rows, index_dtype(pairs, rows))
 
 
 torch.library.impl("moses::dispatch_plan", "cuda")(kernels.or_reference(_plan_cuda, dispatch_plan_reference))

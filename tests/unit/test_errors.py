@@ -22,6 +22,7 @@ TREE = [
     "StreamError",
     "ModelError",
     "DispatchError",
+    "KernelError",
     "RegistryError",
     "StoreError",
     "FormatError",

@@ -45,6 +45,9 @@ def show_checkup(document: Document) -> None:
     fields += list(document["threads"].items())
     devices = ", ".join(cuda["devices"]) or "none (none is needed)"
     fields.append(("CUDA devices", devices + (f", driver {cuda['driver']}" if cuda["driver"] else "")))
+    kernels = cuda["kernels"]
+    state = f"by NVRTC {kernels['nvrtc']}" if kernels["available"] else f"none, plain torch instead: {kernels['why']}"
+    fields.append(("CUDA kernels", state))
     if "torch" in cuda and cuda["torch"] is not None:
         seen = ", ".join(cuda["torch"]["devices"]) or "none"
         fields.append(

@@ -3,8 +3,21 @@
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
 
-const SOURCES: [(&str, &str); 2] =
-    [("dispatch", include_str!("../../../cuda/dispatch.cu")), ("combine", include_str!("../../../cuda/combine.cu"))];
+/// A source with what every source begins with in front.
+macro_rules! source {
+    ($name:literal) => {
+        (
+            $name,
+            concat!(
+                include_str!("../../../cuda/device.cuh"),
+                "\n",
+                include_str!(concat!("../../../cuda/", $name, ".cu"))
+            ),
+        )
+    };
+}
+
+const SOURCES: [(&str, &str); 2] = [source!("dispatch"), source!("combine")];
 
 #[pyfunction]
 pub(crate) fn cuda_source(name: &str) -> PyResult<&'static str> {
