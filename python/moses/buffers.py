@@ -34,3 +34,8 @@ def buffer(tensor: Tensor) -> Any:
     tensor = tensor.detach()
     dtype = _AS_BYTES.get(tensor.dtype)
     return (tensor if dtype is None else tensor.view(dtype)).numpy()
+
+
+def integers(tensor: Tensor) -> Any:
+    """As `buffer`, of integers, which have no gradient to leave behind: half the time, which small plans are made of."""
+    return tensor.numpy()

@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from . import _core
-from .buffers import buffer, empty
+from .buffers import empty, integers
 from .cuda import kernels
 from .errors import DispatchError
 
@@ -166,17 +166,17 @@ def _plan_cpu(
     if dtype != torch.int32:
         return dispatch_plan_reference(expert_ids, num_experts, capacity, pad)
     order, inverse = empty((rows,), dtype), empty((pairs,), dtype)
-    offsets, counts = empty((num_experts + 1,), torch.int64), empty((num_experts,), torch.int64)
+    offsets, counts = torch.empty(num_experts + 1, dtype=torch.int64), torch.empty(num_experts, dtype=torch.int64)
     _core.dispatch_plan(
-        buffer(expert_ids.contiguous()),
+        integers(expert_ids.contiguous()),
         top_k,
         num_experts,
         capacity,
         pad,
-        buffer(order),
-        buffer(inverse),
-        buffer(offsets),
-        buffer(counts),
+        integers(order),
+        integers(inverse),
+        integers(offsets),
+        integers(counts),
         torch.get_num_threads(),
     )
     return order, inverse, offsets, counts

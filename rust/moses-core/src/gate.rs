@@ -236,7 +236,7 @@ mod tests {
     use super::*;
 
     const SILU: Gate = Gate { linear: 1.0, cubic: 0.0 };
-    const GELU: Gate = Gate { linear: 1.595_769_1, cubic: 0.071_354_814 };
+    const GELU: Gate = Gate { linear: 1.595_769, cubic: 0.071_354_814 };
 
     fn exact(act: Gate, g: f64) -> (f64, f64) {
         let (linear, cubic) = (f64::from(act.linear), f64::from(act.cubic));

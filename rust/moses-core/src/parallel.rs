@@ -1,4 +1,7 @@
-//! Work split into as many parts as the caller wants threads; the first part runs on the calling thread.
+//! Work split into as many parts as the caller wants threads, the first of which runs on the calling thread; and loops compiled
+//! for the vectors of the machine.
+
+use pulp::{Arch, Simd, WithSimd};
 
 /// Runs `work` on every job, each of them in parallel; the result is the first error by the order of jobs.
 pub(crate) fn for_each<J: Send, E: Send>(jobs: Vec<J>, work: impl Fn(J) -> Result<(), E> + Sync) -> Result<(), E> {
@@ -19,4 +22,26 @@ pub(crate) fn for_each<J: Send, E: Send>(jobs: Vec<J>, work: impl Fn(J) -> Resul
 /// Items of a part when `length` items go to `threads` parts: a multiple of 16, so that parts do not share a cache line.
 pub(crate) fn part_length(length: usize, threads: usize) -> usize {
     length.div_ceil(threads.max(1)).next_multiple_of(16).max(16)
+}
+
+struct Kernel<'a, A, F> {
+    arguments: A,
+    work: &'a F,
+}
+
+impl<A, R, F: Fn(A) -> R> WithSimd for Kernel<'_, A, F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> R {
+        (*self.work)(self.arguments)
+    }
+}
+
+/// Calls `work`, compiled for the widest vectors that the machine has. It must be `inline(always)` itself, no reference to another
+/// closure, and take what it changes as arguments: else it is called through a shim that is not inlined, and is compiled for the
+/// least machine of all.
+#[inline(always)]
+pub(crate) fn with_vectors<A, R, F: Fn(A) -> R>(arguments: A, work: &F) -> R {
+    Arch::new().dispatch(Kernel { arguments, work })
 }

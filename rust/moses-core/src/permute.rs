@@ -7,7 +7,7 @@
 pub mod element;
 
 use crate::limits::MAX_THREADS;
-use crate::parallel::for_each;
+use crate::parallel::{for_each, with_vectors};
 use crate::{Error, Result};
 use element::{Element, Sum};
 
@@ -53,23 +53,23 @@ fn by_rows<T: Send>(
     count: usize,
     width: usize,
     threads: usize,
-    work: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
+    work: impl Fn((usize, &mut [T])) -> Result<()> + Sync,
 ) -> Result<()> {
     if width == 0 || count == 0 {
         return Ok(());
     }
-    let small = size_of_val(out) < PARALLEL_BYTES;
-    let threads = if small { 1 } else { threads.clamp(1, MAX_THREADS) };
     let rows = count.div_ceil(threads).max(1);
     let parts = out.chunks_mut(rows.saturating_mul(width)).enumerate().collect();
     // what is inlined here is compiled for the vectors that this machine has
     for_each(parts, |(number, part): (usize, &mut [T])| {
         let first = number.saturating_mul(rows);
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || work(first, part),
-        )
+        with_vectors((first, part), &work)
     })
+}
+
+/// One thread where there is little to do.
+fn threads_for(bytes: usize, threads: usize) -> usize {
+    if bytes < PARALLEL_BYTES { 1 } else { threads.clamp(1, MAX_THREADS) }
 }
 
 fn row<T>(rows: &[T], index: usize, width: usize) -> Option<&[T]> {
@@ -86,13 +86,14 @@ pub fn gather(x: &[u8], row_bytes: usize, plan: &Plan<'_>, out: &mut [u8], threa
     let tokens = plan.tokens();
     require(tokens.checked_mul(row_bytes) == Some(x.len()), "x does not have the plan's tokens")?;
     require(plan.order.len().checked_mul(row_bytes) == Some(out.len()), "the output does not have the plan's rows")?;
+    let threads = threads_for(out.len(), threads);
     by_rows(
         out,
         plan.order.len(),
         row_bytes,
         threads,
         #[inline(always)]
-        |first, part| {
+        |(first, part)| {
             let pairs = plan.order.get(first..).unwrap_or_default();
             for (place, (target, &pair)) in part.chunks_exact_mut(row_bytes).zip(pairs).enumerate() {
                 if pair == -1 {
@@ -127,39 +128,32 @@ pub fn combine<T: Element>(
     require(plan.order.len().checked_mul(width) == Some(y.len()), "y does not have the plan's rows")?;
     require(tokens.checked_mul(width) == Some(out.len()), "the output does not have the plan's tokens")?;
     require(weights.is_none_or(|w| w.len() == plan.inverse.len()), "weights are not (tokens, top_k)")?;
+    let threads = threads_for(size_of_val(out), threads);
     by_rows(
         out,
         tokens,
         width,
         threads,
         #[inline(always)]
-        |first, part| {
+        |(first, part)| {
             let start = first.saturating_mul(plan.top_k);
             let slots = plan.inverse.get(start..).unwrap_or_default().chunks_exact(plan.top_k);
-            let mut ones = std::iter::repeat(None);
-            let mut given = weights.and_then(|w| w.get(start..)).unwrap_or_default().chunks_exact(plan.top_k).map(Some);
-            let token_weights: &mut dyn Iterator<Item = Option<&[T::Sum]>> =
-                if weights.is_some() { &mut given } else { &mut ones };
-            let mut scratch = T::scratch(width);
-            for (place, ((target, rows), weights)) in
-                part.chunks_exact_mut(width).zip(slots).zip(token_weights).enumerate()
-            {
-                let mut sum = T::begin(target, &mut scratch);
+            let mut sources: Vec<(T::Sum, &[T])> = Vec::with_capacity(plan.top_k);
+            for (place, (target, rows)) in part.chunks_exact_mut(width).zip(slots).enumerate() {
+                let first_pair = place.saturating_mul(plan.top_k).saturating_add(start);
+                sources.clear();
                 for (slot, &index) in rows.iter().enumerate() {
                     if index == -1 {
                         continue;
                     }
+                    let pair = first_pair.saturating_add(slot);
                     let source = usize::try_from(index).ok().and_then(|index| row(y, index, width));
-                    let Some(source) = source else {
-                        let place = first.saturating_add(place).saturating_mul(plan.top_k).saturating_add(slot);
-                        return Err(bad_index("inverse", place, index, plan.order.len()));
-                    };
-                    match weights.and_then(|w| w.get(slot)) {
-                        Some(&weight) => T::add_scaled(&mut sum, weight, source),
-                        None => T::add(&mut sum, source),
-                    }
+                    let source = source.ok_or_else(|| bad_index("inverse", pair, index, plan.order.len()))?;
+                    // a product with 1 is exact
+                    let weight = weights.map_or(Some(T::Sum::ONE), |weights| weights.get(pair).copied());
+                    sources.push((weight.unwrap_or(T::Sum::ZERO), source));
                 }
-                T::finish(sum);
+                T::weighted_sum(&sources, target);
             }
             Ok(())
         },
@@ -183,13 +177,14 @@ pub fn combine_backward_rows<T: Element>(
     require(tokens.checked_mul(width) == Some(grad.len()), "grad does not have the plan's tokens")?;
     require(plan.order.len().checked_mul(width) == Some(out.len()), "the output does not have the plan's rows")?;
     require(weights.len() == plan.inverse.len(), "weights are not (tokens, top_k)")?;
+    let threads = threads_for(size_of_val(out), threads);
     by_rows(
         out,
         plan.order.len(),
         width,
         threads,
         #[inline(always)]
-        |first, part| {
+        |(first, part)| {
             let pairs = plan.order.get(first..).unwrap_or_default();
             for (place, (target, &pair)) in part.chunks_exact_mut(width).zip(pairs).enumerate() {
                 if pair == -1 {
@@ -229,36 +224,33 @@ pub fn combine_backward_weights<T: Element>(
         out.fill(T::Sum::ZERO);
         return Ok(());
     }
-    // the work is in the rows read, not in the few sums written
-    let threads = if size_of_val(grad) < PARALLEL_BYTES { 1 } else { threads.clamp(1, MAX_THREADS) };
-    let rows = tokens.div_ceil(threads).max(1);
-    let parts = out.chunks_mut(rows.saturating_mul(plan.top_k)).enumerate().collect();
-    for_each(parts, |(number, part): (usize, &mut [T::Sum])| {
-        let first = number.saturating_mul(rows);
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                let slots = plan.inverse.get(first.saturating_mul(plan.top_k)..).unwrap_or_default();
-                for (place, (target, &index)) in part.iter_mut().zip(slots).enumerate() {
-                    *target = T::Sum::ZERO;
-                    if index == -1 {
-                        continue;
-                    }
-                    let token = first.saturating_add(place.checked_div(plan.top_k).unwrap_or(0));
-                    let left = row(grad, token, width);
-                    let right = usize::try_from(index).ok().and_then(|index| row(y, index, width));
-                    match (left, right) {
-                        (Some(left), Some(right)) => *target = T::dot(left, right),
-                        _ => {
-                            let place = first.saturating_mul(plan.top_k).saturating_add(place);
-                            return Err(bad_index("inverse", place, index, plan.order.len()));
-                        }
+    by_rows(
+        out,
+        tokens,
+        plan.top_k,
+        threads_for(size_of_val(grad), threads), // the work is in the rows read, not in the few sums written
+        #[inline(always)]
+        |(first, part)| {
+            let slots = plan.inverse.get(first.saturating_mul(plan.top_k)..).unwrap_or_default();
+            for (place, (target, &index)) in part.iter_mut().zip(slots).enumerate() {
+                *target = T::Sum::ZERO;
+                if index == -1 {
+                    continue;
+                }
+                let token = first.saturating_add(place.checked_div(plan.top_k).unwrap_or(0));
+                let left = row(grad, token, width);
+                let right = usize::try_from(index).ok().and_then(|index| row(y, index, width));
+                match (left, right) {
+                    (Some(left), Some(right)) => *target = T::dot(left, right),
+                    _ => {
+                        let place = first.saturating_mul(plan.top_k).saturating_add(place);
+                        return Err(bad_index("inverse", place, index, plan.order.len()));
                     }
                 }
-                Ok(())
-            },
-        )
-    })
+            }
+            Ok(())
+        },
+    )
 }
 
 #[cfg(test)]

@@ -7,12 +7,28 @@
 use bytemuck::Pod;
 
 use crate::limits::{MAX_PLAN_EXPERTS, MAX_PLAN_ROWS, MAX_THREADS};
-use crate::parallel::{for_each, part_length};
+use crate::parallel::{for_each, part_length, with_vectors};
 use crate::pool::Pool;
 use crate::{Error, Result};
 
 /// Below this many pairs one thread is faster than waking another (measured).
 pub const PARALLEL_PAIRS: usize = 32_768;
+
+/// From this many pairs a part stages the pairs of each expert and writes them to `order` many at a time: where `order` is
+/// not in the cache, every line of it that is begun waits for memory (measured: 1.5 to 3 times slower).
+pub const STAGED_PAIRS: usize = 1 << 15;
+
+/// Pairs of one expert that are staged, where experts have many and where they have fewer: a write of a stage is long enough
+/// for the memory to stream, and all stages fit the second cache.
+const LONG_STAGE: usize = 256;
+/// See [`LONG_STAGE`].
+const SHORT_STAGE: usize = 64;
+
+/// Pairs an expert must have on average, for each pair of its stage, for the stage to pay.
+const STAGE_USES: usize = 4;
+
+/// Ids that are noted at a time, so that their keys are counted from the first cache.
+const NOTED: usize = 2048;
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy)]
@@ -169,12 +185,7 @@ fn sort<I: ExpertId, K: Key>(
     let mut cursors = vec![0_u32; parts.saturating_mul(table)];
     let jobs = ids.chunks(part).zip(keys.chunks_mut(part)).zip(cursors.chunks_mut(table));
     let counted: std::result::Result<(), ()> = for_each(jobs.collect(), |((ids, keys), counts)| {
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || note(ids, keys, experts),
-        )?;
-        count(keys, counts);
-        Ok(())
+        with_vectors((ids, keys, counts, experts), &note_and_count::<I, K>)
     });
     if counted.is_err() {
         scratch.give(block);
@@ -182,46 +193,70 @@ fn sort<I: ExpertId, K: Key>(
     }
 
     let limits = scan(&mut cursors, table, request, offsets, counts);
-    let regions = regions(order, &cursors, table, offsets, limits.as_deref());
-    let jobs = keys.chunks(part).zip(inverse.chunks_mut(part)).zip(cursors.chunks_mut(table)).zip(regions);
-    let jobs = jobs.enumerate().map(|(number, job)| (number.wrapping_mul(part), job)).collect();
-    let placed = for_each(jobs, |(first, (((keys, inverse), cursors), mut regions))| {
-        match &limits {
-            Some(limits) => place_within(keys, first, inverse, cursors, limits, &mut regions),
-            None => place(keys, first, inverse, cursors, &mut regions),
-        }
+    let uses = part.min(ids.len()).checked_div(experts).unwrap_or(0) / STAGE_USES;
+    let staged = ids.len() >= STAGED_PAIRS && uses >= SHORT_STAGE;
+    let whole = parts <= 1 && limits.is_none() && !staged;
+    let placed = if whole {
+        place_whole(keys, inverse, &mut cursors, order);
         Ok(())
-    });
+    } else {
+        let regions = regions(order, &cursors, table, offsets, limits.as_deref());
+        let jobs = keys.chunks(part).zip(inverse.chunks_mut(part)).zip(cursors.chunks_mut(table)).zip(regions);
+        let jobs = jobs.enumerate().map(|(number, job)| (number.wrapping_mul(part), job)).collect();
+        for_each(jobs, |(first, (((keys, inverse), cursors), mut regions))| {
+            match &limits {
+                Some(limits) => place_within(keys, first, inverse, cursors, limits, &mut regions),
+                None if staged && uses >= LONG_STAGE => {
+                    place_staged::<K, LONG_STAGE>(keys, first, inverse, cursors, &mut regions, scratch)?;
+                }
+                None if staged => {
+                    place_staged::<K, SHORT_STAGE>(keys, first, inverse, cursors, &mut regions, scratch)?;
+                }
+                None => place(keys, first, inverse, cursors, &mut regions),
+            }
+            Ok(())
+        })
+    };
     scratch.give(block);
     placed
 }
 
-/// Notes ids as keys; an error where one is no expert. Plain, so that it becomes vectors.
+/// Notes ids as keys and counts them, in one pass; an error where one is no expert.
 #[inline(always)]
-fn note<I: ExpertId, K: Key>(ids: &[I], keys: &mut [K], experts: usize) -> std::result::Result<(), ()> {
+fn note_and_count<I: ExpertId, K: Key>(
+    (ids, keys, counts, experts): (&[I], &mut [K], &mut [u32], usize),
+) -> std::result::Result<(), ()> {
+    // Four tables in turn where they are small: an expert named twice in a row would else wait for its own count.
+    let spread = K::SLOTS <= Small::SLOTS && ids.len() >= K::SLOTS.saturating_mul(16);
+    let mut tables = vec![0_u32; if spread { K::SLOTS.saturating_mul(3) } else { 0 }];
     let mut bad = false;
-    for (id, key) in ids.iter().zip(keys) {
-        let index = id.index();
-        bad |= index >= experts;
-        *key = K::of(index);
+    for (ids, keys) in ids.chunks(NOTED).zip(keys.chunks_mut(NOTED)) {
+        for (id, key) in ids.iter().zip(keys.iter_mut()) {
+            let index = id.index();
+            bad |= index >= experts;
+            *key = K::of(index);
+        }
+        count(keys, counts, &mut tables);
+    }
+    for table in tables.chunks_exact(K::SLOTS) {
+        counts.iter_mut().zip(table).for_each(|(sum, count)| *sum = sum.wrapping_add(*count));
     }
     if bad { Err(()) } else { Ok(()) }
 }
 
-/// Counts keys. Four tables in turn where they are small: an expert named twice in a row would else wait for its own count.
-fn count<K: Key>(keys: &[K], counts: &mut [u32]) {
+/// Counts keys, three of four in `tables` where there are any.
+#[inline(always)]
+fn count<K: Key>(keys: &[K], counts: &mut [u32], tables: &mut [u32]) {
     fn add(table: &mut [u32], index: usize) {
         if let Some(count) = table.get_mut(index) {
             *count = count.wrapping_add(1);
         }
     }
-    if K::SLOTS > Small::SLOTS || keys.len() < 4 * K::SLOTS {
+    let mut others = tables.chunks_exact_mut(K::SLOTS);
+    let (Some(second), Some(third), Some(fourth)) = (others.next(), others.next(), others.next()) else {
         keys.iter().for_each(|key| add(counts, key.index()));
         return;
-    }
-    let mut tables = vec![0_u32; 3 * K::SLOTS];
-    let (second, rest) = tables.split_at_mut(K::SLOTS);
-    let (third, fourth) = rest.split_at_mut(K::SLOTS);
+    };
     let (quads, rest) = keys.as_chunks::<4>();
     for [a, b, c, d] in quads {
         add(counts, a.index());
@@ -230,9 +265,6 @@ fn count<K: Key>(keys: &[K], counts: &mut [u32]) {
         add(fourth, d.index());
     }
     rest.iter().for_each(|key| add(counts, key.index()));
-    for (count, ((b, c), d)) in counts.iter_mut().zip(second.iter().zip(third.iter()).zip(fourth.iter())) {
-        *count = count.wrapping_add(*b).wrapping_add(*c).wrapping_add(*d);
-    }
 }
 
 fn first_bad<I: ExpertId>(ids: &[I], request: &Request) -> Error {
@@ -240,8 +272,8 @@ fn first_bad<I: ExpertId>(ids: &[I], request: &Request) -> Error {
     let (place, id) = bad.map_or((0, -1), |(place, id)| (place, id.value()));
     let slots = request.top_k.max(1);
     Error::ExpertIdRange {
-        token: place.wrapping_div(slots) as u64,
-        slot: place.wrapping_rem(slots) as u64,
+        token: place.checked_div(slots).unwrap_or(0) as u64,
+        slot: place.checked_rem(slots).unwrap_or(0) as u64,
         id,
         num_experts: request.num_experts as u64,
     }
@@ -325,6 +357,71 @@ fn regions<'a>(
     }
     rest.fill(-1);
     regions
+}
+
+/// Gives every pair its row, where one part is all.
+fn place_whole<K: Key>(keys: &[K], inverse: &mut [i32], cursors: &mut [u32], order: &mut [i32]) {
+    let mut pair = 0_i32;
+    for (key, row_of) in keys.iter().zip(inverse) {
+        if let Some(cursor) = cursors.get_mut(key.index()) {
+            let row = *cursor;
+            *cursor = row.wrapping_add(1);
+            *row_of = row as i32;
+            if let Some(slot) = order.get_mut(row as usize) {
+                *slot = pair;
+            }
+        }
+        pair = pair.wrapping_add(1);
+    }
+}
+
+/// As `place`, by stages: the pair of row r waits at r modulo `STAGE` of its expert's stage until that is full.
+fn place_staged<K: Key, const STAGE: usize>(
+    keys: &[K],
+    first: usize,
+    inverse: &mut [i32],
+    cursors: &mut [u32],
+    regions: &mut [&mut [i32]],
+    scratch: &Pool,
+) -> Result<()> {
+    let experts = regions.len();
+    let mut block = scratch.take(experts.saturating_mul(size_of::<[i32; STAGE]>()))?;
+    let (stages, _) = bytemuck::cast_slice_mut::<_, i32>(&mut block).as_chunks_mut::<STAGE>(); // blocks may be longer
+    let mut written: Vec<u32> = cursors.iter().take(experts).copied().collect();
+    let mut pair = first as i32;
+    for (key, row_of) in keys.iter().zip(inverse) {
+        let index = key.index();
+        if let (Some(cursor), Some(stage)) = (cursors.get_mut(index), stages.get_mut(index)) {
+            let row = *cursor;
+            *cursor = row.wrapping_add(1);
+            *row_of = row as i32;
+            let place = row as usize & STAGE.wrapping_sub(1);
+            if let Some(slot) = stage.get_mut(place) {
+                *slot = pair;
+            }
+            if place == STAGE.wrapping_sub(1)
+                && let (Some(region), Some(written)) = (regions.get_mut(index), written.get_mut(index))
+            {
+                write_stage(stage, region, written, row.wrapping_add(1));
+            }
+        }
+        pair = pair.wrapping_add(1);
+    }
+    let experts = regions.iter_mut().zip(&mut written).zip(cursors.iter().zip(stages.iter()));
+    experts.for_each(|((region, written), (cursor, stage))| write_stage(stage, region, written, *cursor));
+    scratch.give(block);
+    Ok(())
+}
+
+/// Writes the pairs of rows `written` to `end`, which one stage (a power of two long) holds, to the front of the expert's region.
+#[inline(never)]
+fn write_stage(stage: &[i32], region: &mut &mut [i32], written: &mut u32, end: u32) {
+    let count = end.wrapping_sub(*written) as usize;
+    let staged = stage.get(*written as usize & stage.len().wrapping_sub(1)..).and_then(|staged| staged.get(..count));
+    if let (Some(staged), Some(rows)) = (staged, region.split_off_mut(..count)) {
+        rows.copy_from_slice(staged);
+    }
+    *written = end;
 }
 
 /// Gives every pair of a part its row; `cursors` are the part's next rows.

@@ -85,6 +85,7 @@ pub(crate) fn misfit(problem: &str) -> Error {
 }
 
 impl Target {
+    #[allow(clippy::mut_from_ref)] // the memory is not ours: see SAFETY
     pub(crate) fn items<T: bytemuck::Pod>(&self, what: &str) -> Result<&mut [T]> {
         let (pointer, bytes) = (self.0.buf_ptr().cast::<T>(), self.0.len_bytes());
         if bytes == 0 {
@@ -96,8 +97,7 @@ impl Target {
         // SAFETY: the buffer is C-contiguous and writable (checked when it was taken), aligned and a whole number of items,
         // and any bytes are a T. It stays while `self.0` is held. Each target of a call is borrowed once; that two of them,
         // or an input, are not the same memory is the caller's part: moses.ops makes every target fresh.
-        #[allow(clippy::mut_from_ref)]
-        Ok(unsafe { std::slice::from_raw_parts_mut(pointer, bytes / size_of::<T>()) })
+        Ok(unsafe { std::slice::from_raw_parts_mut(pointer, bytes.checked_div(size_of::<T>()).unwrap_or(0)) })
     }
 }
 

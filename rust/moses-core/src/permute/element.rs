@@ -1,4 +1,4 @@
-//! The dtypes that rows are made of: f32 and f64 are summed in place, bf16 and f16 in a row of f32 beside.
+//! The dtypes that rows are made of: f32 and f64 are summed as they are, bf16 and f16 as f32.
 //!
 //! Loops are plain, so that the compiler makes vectors of them for the width that `pulp` finds at run time; nothing is fused
 //! or reordered by that.
@@ -13,41 +13,89 @@ pub const LANES: usize = 32;
 pub trait Sum: Copy + Send + Sync + PartialEq + std::fmt::Debug + 'static {
     /// +0.
     const ZERO: Self;
+    /// 1.
+    const ONE: Self;
 }
 
 impl Sum for f32 {
     const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
 }
 
 impl Sum for f64 {
     const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
 }
 
 /// A dtype of rows.
 pub trait Element: bytemuck::Pod + Send + Sync {
     /// The dtype of sums and weights.
     type Sum: Sum;
-    /// Room for one row of sums, where the row itself is not it.
-    type Scratch: Send;
-    /// A sum in progress.
-    type Running<'a>;
 
-    /// Room for rows of `width`.
-    fn scratch(width: usize) -> Self::Scratch;
-    /// A sum at +0 that ends in `target`.
-    fn begin<'a>(target: &'a mut [Self], scratch: &'a mut Self::Scratch) -> Self::Running<'a>;
-    /// Adds `weight * row`.
-    fn add_scaled(sum: &mut Self::Running<'_>, weight: Self::Sum, row: &[Self]);
-    /// Adds `row`.
-    fn add(sum: &mut Self::Running<'_>, row: &[Self]);
-    /// Rounds the sum into its target.
-    fn finish(sum: Self::Running<'_>);
+    /// `target = Σ weight * row` in the order of the rows, from +0.
+    fn weighted_sum(rows: &[(Self::Sum, &[Self])], target: &mut [Self]);
     /// `target = weight * row`.
     fn scale(target: &mut [Self], weight: Self::Sum, row: &[Self]);
     /// The dot product of two rows.
     fn dot(left: &[Self], right: &[Self]) -> Self::Sum;
     /// Zeros.
     fn clear(target: &mut [Self]);
+}
+
+/// Sums in blocks of `LANES` that stay in registers; `$widen` and `$narrow` convert a block.
+macro_rules! blockwise_sum {
+    ($sum:ty, $widen:path, $narrow:path) => {
+        #[inline(always)]
+        fn weighted_sum(rows: &[($sum, &[Self])], target: &mut [Self]) {
+            #[inline(always)]
+            fn add<T: Element>(
+                total: &mut [$sum; LANES],
+                weight: $sum,
+                items: &[T],
+                widen: impl Fn(&[T], &mut [$sum]),
+            ) {
+                let mut wide = [0.0; LANES];
+                widen(items, &mut wide);
+                total.iter_mut().zip(&wide).for_each(|(total, item)| *total += weight * item);
+            }
+            let (blocks, rest) = target.as_chunks_mut::<LANES>();
+            // Two slots is what most models have: with both rows in hand the loop has no look-ups.
+            if let [(weight, row), (other_weight, other_row)] = rows {
+                let pairs = row.as_chunks::<LANES>().0.iter().zip(other_row.as_chunks::<LANES>().0);
+                for (block, (items, others)) in blocks.iter_mut().zip(pairs) {
+                    let mut total = [0.0; LANES];
+                    add(&mut total, *weight, items, $widen);
+                    add(&mut total, *other_weight, others, $widen);
+                    $narrow(&total, block);
+                }
+            } else {
+                for (number, block) in blocks.iter_mut().enumerate() {
+                    let mut total = [0.0; LANES];
+                    for (weight, row) in rows {
+                        if let Some(items) = row.as_chunks::<LANES>().0.get(number) {
+                            add(&mut total, *weight, items, $widen);
+                        }
+                    }
+                    $narrow(&total, block);
+                }
+            }
+            if !rest.is_empty() {
+                let mut total = [0.0; LANES];
+                for (weight, row) in rows {
+                    let mut items = [<Self as bytemuck::Zeroable>::zeroed(); LANES];
+                    items.iter_mut().zip(row.as_chunks::<LANES>().1).for_each(|(to, from)| *to = *from);
+                    add(&mut total, *weight, &items, $widen);
+                }
+                let total = total.get(..rest.len()).unwrap_or_default();
+                $narrow(total, rest);
+            }
+        }
+    };
+}
+
+#[inline(always)]
+fn copy<T: Copy>(from: &[T], to: &mut [T]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
 }
 
 macro_rules! fold {
@@ -66,26 +114,8 @@ macro_rules! wide {
     ($type:ty) => {
         impl Element for $type {
             type Sum = $type;
-            type Scratch = ();
-            type Running<'a> = &'a mut [$type];
 
-            #[inline(always)]
-            fn scratch(_: usize) {}
-            #[inline(always)]
-            fn begin<'a>(target: &'a mut [Self], _: &'a mut ()) -> &'a mut [Self] {
-                target.fill(0.0);
-                target
-            }
-            #[inline(always)]
-            fn add_scaled(sum: &mut &mut [Self], weight: Self, row: &[Self]) {
-                sum.iter_mut().zip(row).for_each(|(sum, item)| *sum += weight * item);
-            }
-            #[inline(always)]
-            fn add(sum: &mut &mut [Self], row: &[Self]) {
-                sum.iter_mut().zip(row).for_each(|(sum, item)| *sum += item);
-            }
-            #[inline(always)]
-            fn finish(_: &mut [Self]) {}
+            blockwise_sum!($type, copy, copy);
             #[inline(always)]
             fn scale(target: &mut [Self], weight: Self, row: &[Self]) {
                 target.iter_mut().zip(row).for_each(|(target, item)| *target = weight * item);
@@ -145,35 +175,8 @@ macro_rules! narrow {
     ($type:ty, $widen:path, $narrow:path) => {
         impl Element for $type {
             type Sum = f32;
-            type Scratch = Vec<f32>;
-            type Running<'a> = (&'a mut [$type], &'a mut [f32]);
 
-            #[inline(always)]
-            fn scratch(width: usize) -> Vec<f32> {
-                vec![0.0; width]
-            }
-            #[inline(always)]
-            fn begin<'a>(target: &'a mut [Self], scratch: &'a mut Vec<f32>) -> Self::Running<'a> {
-                scratch.fill(0.0);
-                (target, scratch)
-            }
-            #[inline(always)]
-            fn add_scaled(sum: &mut Self::Running<'_>, weight: f32, row: &[Self]) {
-                let mut wide = [0.0_f32; BLOCK];
-                for (sum, row) in sum.1.chunks_mut(BLOCK).zip(row.chunks(BLOCK)) {
-                    let wide = wide.get_mut(..row.len()).unwrap_or_default();
-                    $widen(row, wide);
-                    sum.iter_mut().zip(wide.iter()).for_each(|(sum, item)| *sum += weight * item);
-                }
-            }
-            #[inline(always)]
-            fn add(sum: &mut Self::Running<'_>, row: &[Self]) {
-                Self::add_scaled(sum, 1.0, row); // a product with 1 is exact
-            }
-            #[inline(always)]
-            fn finish(sum: Self::Running<'_>) {
-                $narrow(sum.1, sum.0);
-            }
+            blockwise_sum!(f32, $widen, $narrow);
             #[inline(always)]
             fn scale(target: &mut [Self], weight: f32, row: &[Self]) {
                 let mut wide = [0.0_f32; BLOCK];

@@ -1,3 +1,5 @@
+#![allow(clippy::arithmetic_side_effects)] // of small numbers
+
 use super::element::LANES;
 use super::*;
 use half::{bf16, f16};

@@ -1,3 +1,5 @@
+#![allow(clippy::arithmetic_side_effects)] // of small numbers
+
 use super::*;
 use proptest::prelude::*;
 
@@ -17,6 +19,8 @@ fn make<I: ExpertId>(ids: &[I], request: &Request, threads: usize) -> Result<Mad
         counts: vec![-7; request.num_experts],
     };
     let pool = Pool::new(1 << 20);
+    // free blocks of lengths that no request is a multiple of
+    [3, 5, 9].into_iter().for_each(|kib| pool.give(pool.take(kib * (8 << 10) + 64).unwrap()));
     let output = Output {
         order: &mut made.order,
         inverse: &mut made.inverse,
@@ -77,6 +81,19 @@ proptest! {
         prop_assert_eq!(&found.counts, &wanted.counts);
         let narrow: Vec<u8> = ids.iter().map(|id| *id as u8).collect();
         prop_assert_eq!(make(&narrow, &request, threads).unwrap().order, wanted.order);
+    }
+}
+
+#[test]
+fn stages_of_any_length_are_written_whole() {
+    for experts in [1_usize, 7, 64, 300] {
+        let ids: Vec<i64> = (0..STAGED_PAIRS * 4 + 77).map(|pair| (pair * pair / 3 % experts) as i64).collect();
+        let request = Request { num_experts: experts, top_k: 1, capacity: None, pad: false };
+        let wanted = reference(&ids, &request);
+        for threads in [1, 2, 4, 16] {
+            let found = make(&ids, &request, threads).unwrap();
+            assert!(found.order == wanted.order && found.inverse == wanted.inverse, "{experts} {threads}");
+        }
     }
 }
 
