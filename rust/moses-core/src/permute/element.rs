@@ -42,18 +42,13 @@ pub trait Element: bytemuck::Pod + Send + Sync {
     fn clear(target: &mut [Self]);
 }
 
-/// Sums in blocks of `LANES` that stay in registers; `$widen` and `$narrow` convert a block.
+/// Sums of 16-bit rows, in blocks of `LANES` that stay in registers; `$widen` and `$narrow` convert a block.
 macro_rules! blockwise_sum {
-    ($sum:ty, $widen:path, $narrow:path) => {
+    ($widen:path, $narrow:path) => {
         #[inline(always)]
-        fn weighted_sum(rows: &[($sum, &[Self])], target: &mut [Self]) {
+        fn weighted_sum(rows: &[(f32, &[Self])], target: &mut [Self]) {
             #[inline(always)]
-            fn add<T: Element>(
-                total: &mut [$sum; LANES],
-                weight: $sum,
-                items: &[T],
-                widen: impl Fn(&[T], &mut [$sum]),
-            ) {
+            fn add<T: Element>(total: &mut [f32; LANES], weight: f32, items: &[T], widen: impl Fn(&[T], &mut [f32])) {
                 let mut wide = [0.0; LANES];
                 widen(items, &mut wide);
                 total.iter_mut().zip(&wide).for_each(|(total, item)| *total += weight * item);
@@ -93,11 +88,6 @@ macro_rules! blockwise_sum {
     };
 }
 
-#[inline(always)]
-fn copy<T: Copy>(from: &[T], to: &mut [T]) {
-    to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-}
-
 macro_rules! fold {
     ($lanes:ident) => {{
         let mut half = LANES / 2;
@@ -115,7 +105,20 @@ macro_rules! wide {
         impl Element for $type {
             type Sum = $type;
 
-            blockwise_sum!($type, copy, copy);
+            // Block by block over the rows one after the other: rows of a power of two bytes begin at one place of their pages, where loads
+            // of two of them beside stores to a third wait for each other (measured: 2 times slower).
+            #[inline(always)]
+            fn weighted_sum(rows: &[(Self, &[Self])], target: &mut [Self]) {
+                for (number, block) in target.chunks_mut(BLOCK).enumerate() {
+                    let mut total = [0.0; BLOCK];
+                    let start = number.wrapping_mul(BLOCK);
+                    for (weight, row) in rows {
+                        let items = row.get(start..).unwrap_or_default();
+                        total.iter_mut().zip(items).for_each(|(total, item)| *total += weight * item);
+                    }
+                    block.iter_mut().zip(&total).for_each(|(to, from)| *to = *from);
+                }
+            }
             #[inline(always)]
             fn scale(target: &mut [Self], weight: Self, row: &[Self]) {
                 target.iter_mut().zip(row).for_each(|(target, item)| *target = weight * item);
@@ -141,7 +144,7 @@ macro_rules! wide {
 wide!(f32);
 wide!(f64);
 
-/// Items of a narrow row that are widened at a time: they and their sums stay in the first cache.
+/// Items of a row that are worked on at a time: they and their sums stay in the first cache.
 const BLOCK: usize = 256;
 
 #[inline(always)]
@@ -176,7 +179,7 @@ macro_rules! narrow {
         impl Element for $type {
             type Sum = f32;
 
-            blockwise_sum!(f32, $widen, $narrow);
+            blockwise_sum!($widen, $narrow);
             #[inline(always)]
             fn scale(target: &mut [Self], weight: f32, row: &[Self]) {
                 let mut wide = [0.0_f32; BLOCK];
