@@ -54,6 +54,13 @@ def test_nvrtc_takes_the_sources_for_every_generation(name, architecture):
 
 
 @pytest.mark.usefixtures("_nvrtc")
+def test_an_empty_log_is_written_to_no_object_that_python_shares():
+    _, log = compiling.compile_source("__global__ void nothing() {}", "nothing", "compute_90")
+    assert not log
+    assert [bytes([value])[0] for value in range(256)] == list(range(256))
+
+
+@pytest.mark.usefixtures("_nvrtc")
 def test_rows_are_read_and_written_16_bytes_at_a_time():
     ptx, _ = compiling.compile_source(_core.cuda_source("combine"), "combine", "compute_90")
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n\}", ptx.decode(), re.DOTALL))

@@ -61,8 +61,7 @@ def compile_source(source: str, name: str, architecture: str, *options: str) -> 
     try:
         given = [option.encode() for option in (f"--gpu-architecture={architecture}", *OPTIONS, *options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
-        log = b" " * _call(nvrtc.nvrtcGetProgramLogSize(program))
-        _call(nvrtc.nvrtcGetProgramLog(program, log))
+        log = _filled(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
         text = log.decode(errors="replace").strip("\0 \n")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise KernelError(
@@ -70,14 +69,19 @@ def compile_source(source: str, name: str, architecture: str, *options: str) -> 
                 code="cuda_unavailable",
             )
         if architecture.startswith("sm_"):
-            size, get = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN
+            code = _filled(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
         else:
-            size, get = nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX
-        code = b" " * _call(size(program))
-        _call(get(program, code))
+            code = _filled(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
         return code, text
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _filled(size: Any, get: Any, program: Any) -> bytes:
+    """What `get` writes. A bytearray, since it writes in place: one byte of `bytes` is an object that all of Python shares."""
+    memory = bytearray(_call(size(program)))
+    _call(get(program, memory))
+    return bytes(memory)
 
 
 def version() -> str:
