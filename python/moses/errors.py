@@ -18,6 +18,7 @@ __all__ = [
     "RunError",
     "StoreError",
     "StreamError",
+    "SurgeryError",
 ]
 
 
@@ -87,3 +88,9 @@ class RunError(MosesError):
     """A run cannot go on as it is asked to."""
 
     code = "run"
+
+
+class SurgeryError(MosesError):
+    """Experts cannot be added, cut, joined or taken out as it is asked for."""
+
+    code = "surgery"

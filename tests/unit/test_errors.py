@@ -27,6 +27,7 @@ TREE = [
     "StoreError",
     "FormatError",
     "RunError",
+    "SurgeryError",
 ]
 
 

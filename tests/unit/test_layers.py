@@ -16,6 +16,7 @@ ROOT = Path(moses.__file__).parent
 LAYERS = (
     ("errors", "_core", "seeds", "run_files", "tensorfile", "ranks"),
     ("config",),
+    ("surgery",),
     ("buffers", "cuda"),
     ("plan",),
     ("ops",),
