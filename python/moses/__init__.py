@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
+    from .growth.extract import extract
     from .growth.upcycle import upcycle
     from .moe import MoELayer
     from .plan import DispatchPlan, dispatch_plan
@@ -37,6 +38,7 @@ _LAZY = {
     "attach": "attachment",
     "detach": "attachment",
     "dispatch_plan": "plan",
+    "extract": "growth.extract",
     "load": "checkpoint",
     "load_stream": "stream",
     "Run": "training",
@@ -57,6 +59,7 @@ __all__ = [
     "attach",
     "detach",
     "dispatch_plan",
+    "extract",
     "growth",
     "load",
     "load_stream",

@@ -250,11 +250,12 @@ def _skeleton(document: dict[str, Any], device: str) -> Any:
     try:
         fields = dict(document["config"])
         config = CONFIG_MAPPING[str(fields.get("model_type"))].from_dict(fields)
-        kind: Any = getattr(transformers, document["architecture"], None)
+        kind = getattr(transformers, document["architecture"], None)
         if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
             raise FormatError(f"{DESCRIPTION}: no model class {document['architecture']!r}", code="damaged_layout")
+        make: Any = kind
         with torch.device(device), no_init_weights():
-            model: Any = kind._from_config(config, dtype=getattr(torch, document["dtype"]))
+            model = make._from_config(config, dtype=getattr(torch, document["dtype"]))
             model.tie_weights()  # which no_init_weights leaves out
             arrange(model, document["layout"])
     except FormatError:
