@@ -17,10 +17,11 @@ from ._core import Mask, Registry
 from .errors import MosesError
 
 if TYPE_CHECKING:
-    from . import ops, routers
+    from . import growth, ops, routers
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
+    from .growth.upcycle import upcycle
     from .moe import MoELayer
     from .plan import DispatchPlan, dispatch_plan
     from .stream import load_stream
@@ -40,8 +41,9 @@ _LAZY = {
     "load_stream": "stream",
     "Run": "training",
     "train": "training",
+    "upcycle": "growth.upcycle",
 }
-_LAZY_MODULES = ("ops", "routers")
+_LAZY_MODULES = ("growth", "ops", "routers")
 
 __all__ = [
     "DispatchPlan",
@@ -55,11 +57,13 @@ __all__ = [
     "attach",
     "detach",
     "dispatch_plan",
+    "growth",
     "load",
     "load_stream",
     "ops",
     "routers",
     "train",
+    "upcycle",
 ]
 
 
