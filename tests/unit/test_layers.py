@@ -25,6 +25,7 @@ LAYERS = (
     ("routes", "loss"),
     ("routers", "experts"),
     ("moe", "transformers"),
+    ("growth",),
     ("subexperts",),
     ("selection", "heads"),
     ("attached",),
