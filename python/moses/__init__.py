@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
+    from .growth.live import grow, prune
     from .moe import MoELayer
     from .plan import DispatchPlan, dispatch_plan
     from .stream import load_stream
@@ -36,8 +37,10 @@ _LAZY = {
     "attach": "attachment",
     "detach": "attachment",
     "dispatch_plan": "plan",
+    "grow": "growth.live",
     "load": "checkpoint",
     "load_stream": "stream",
+    "prune": "growth.live",
     "Run": "training",
     "train": "training",
 }
@@ -55,9 +58,11 @@ __all__ = [
     "attach",
     "detach",
     "dispatch_plan",
+    "grow",
     "load",
     "load_stream",
     "ops",
+    "prune",
     "routers",
     "train",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,13 +77,15 @@ class GrowthContext:
 
 def follow_tokens(model: nn.Module, context: GrowthContext) -> None:
     """Let `context` know the token ids of every forward of `model`, until its end."""
+    # partials, not closures: a deep copy of the model has hooks that tell the copied context
+    model.register_forward_pre_hook(partial(_before, context), with_kwargs=True)
+    model.register_forward_hook(partial(_after, context), always_call=True)
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        context.token_ids = ids if isinstance(ids, Tensor) and not torch.is_floating_point(ids) else None
 
-    def after(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        context.token_ids = None
+def _before(context: GrowthContext, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    context.token_ids = ids if isinstance(ids, Tensor) and not torch.is_floating_point(ids) else None
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, always_call=True)
+
+def _after(context: GrowthContext, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    context.token_ids = None

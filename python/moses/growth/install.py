@@ -132,7 +132,9 @@ def _activation(block: MoEBlock) -> str:
     act: Any = getattr(block.module.experts, "act_fn", None)
     name = ACTIVATION_OF.get(type(act))
     if name is None:
-        raise SurgeryError(f"{block.path} has the activation {type(act).__name__}, unknown to experts", code="unknown_mixture")
+        raise SurgeryError(
+            f"{block.path} has the activation {type(act).__name__}, unknown to experts", code="unknown_mixture"
+        )
     return name
 
 

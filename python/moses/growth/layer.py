@@ -39,8 +39,8 @@ class GrowingLayer(nn.Module):
     """Takes the place of a dense FFN, or of a mixture, in a model: (..., D) to (..., D).
 
     Attributes:
-        into, out, gate: the frozen experts (E_frozen, 2F, D) or (E_frozen, F, D), (E_frozen, D, F), and their gate rows (E_frozen, D) float32; buffers.
-            `gate` is None where routing is random.
+        into, out, gate: the frozen experts (E_frozen, 2F, D) or (E_frozen, F, D), (E_frozen, D, F), and their gate rows (E_frozen, D)
+            float32; buffers. `gate` is None where routing is random.
         free_into, free_out, free_gate: the free experts, parameters; None where there are none.
         tables: (domains, V) int16 buffer of expert numbers, a row a domain; only where routing is random.
         shared: a module that every token passes beside its experts; None where there is none.
@@ -50,6 +50,9 @@ class GrowingLayer(nn.Module):
     out: Tensor
     gate: Tensor | None
     tables: Tensor
+    free_into: nn.Parameter | None
+    free_out: nn.Parameter | None
+    free_gate: nn.Parameter | None
 
     def __init__(
         self,
@@ -119,7 +122,9 @@ class GrowingLayer(nn.Module):
     def visible(self, num_experts: int) -> Iterator[None]:
         """Inside the with block, the layer as it was when it had `num_experts` experts."""
         if not 1 <= num_experts <= self.num_experts:
-            raise SurgeryError(f"{self.path}: has 1 to {self.num_experts} experts, not {num_experts}", code="unknown_expert")
+            raise SurgeryError(
+                f"{self.path}: has 1 to {self.num_experts} experts, not {num_experts}", code="unknown_expert"
+            )
         before = self.context.visible
         self.context.visible = {**(before or {}), self.path: num_experts}
         try:
@@ -144,7 +149,9 @@ class GrowingLayer(nn.Module):
                     f"{self.path}: has experts 0 to {self.num_experts - 1}, not {unknown[0]}", code="unknown_expert"
                 )
             if not slot.new:
-                raise SurgeryError(f"{self.path}: expert {slot} is there already; only new ones are added", code="bad_plan")
+                raise SurgeryError(
+                    f"{self.path}: expert {slot} is there already; only new ones are added", code="bad_plan"
+                )
         added = {name: slot_rows(part, slots, *seed, name) for name, part in self.expert_tensors().items()}
         for name, rows in added.items():
             before = getattr(self, f"free_{name}")
@@ -187,8 +194,7 @@ class GrowingLayer(nn.Module):
         if self.context.seen is not None:
             self.context.seen.append((self.path, routed))
         plan = dispatch_plan(routed.routes.expert_ids, self.num_experts)
-        rows = gather(tokens.to(compute_dtype(x)), plan)
-        y = combine(self._experts(rows, plan), plan, routed.routes.weights).to(x.dtype)
+        y = combine(self.expert_rows(tokens, plan), plan, routed.routes.weights).to(x.dtype)
         if self.shared is not None:
             beside = self.shared(tokens)
             y = y + (beside if self.shared_gate is None else torch.sigmoid(self.shared_gate(tokens)) * beside)
@@ -222,10 +228,14 @@ class GrowingLayer(nn.Module):
         weights = torch.ones(ids.shape, dtype=router_dtype(x), device=ids.device)
         return RouterOutput(Routes(ids, weights), None, expert_load(ids, self.num_experts))
 
-    def _experts(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
-        """(P, D): rows come in the order of the experts, so the frozen ones' are first. Where there are both kinds, CUDA waits for their number."""
+    def expert_rows(self, tokens: Tensor, plan: DispatchPlan) -> Tensor:
+        """(P, D): what each expert makes of its tokens, in the plan's order.
+
+        The frozen experts' rows are first. Where there are both kinds, CUDA waits for their number.
+        """
+        rows = gather(tokens.to(compute_dtype(tokens)), plan)
         dtype, offsets, frozen = rows.dtype, plan.offsets, self.num_frozen
-        if self.free_into is None:
+        if self.free_into is None or self.free_out is None:
             return self._ffn(rows, self.into.to(dtype), self.out.to(dtype), offsets)
         border = int(offsets[frozen])
         old = self._ffn(rows[:border], self.into.to(dtype), self.out.to(dtype), offsets[: frozen + 1])

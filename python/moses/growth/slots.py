@@ -56,7 +56,9 @@ def slot_state(tensor: Tensor, slots: Sequence[Slot]) -> Tensor:
 def _fresh(like: Tensor, seed: int) -> Tensor:
     if like.ndim == 0:
         return torch.zeros_like(like)
-    return (_normal(like.float(), seed) * like.shape[-1] ** -0.5).to(like.dtype)
+    deviation = float(like.shape[-1]) ** -0.5
+    drawn: Tensor = (_normal(like.float(), seed) * deviation).to(like.dtype)
+    return drawn
 
 
 def _normal(like: Tensor, seed: int) -> Tensor:
