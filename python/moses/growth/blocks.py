@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import SurgeryError
+from ..routers import RandomRouter
 from ..targets import block_of
 
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -32,7 +33,8 @@ class MoEBlock:
         num_experts: E.
         top_k: k.
         normalised: whether the k weights are divided by their sum.
-        gate: (E, D), the gate's rows.
+        gate: (E, D), the gate's rows; None where a table routes (PanGu-Sigma).
+        noise_gate: (E, D), the rows of the noise's deviation (noisy top-k); None without.
         gate_bias: (E,), added to the gate's logits (GptOss); None without.
         selection_bias: (E,), added for the choice alone (DeepSeek-V3); None without.
         into: (E, 2F, D), or (E, D, 2F) where `transposed`.
@@ -50,7 +52,8 @@ class MoEBlock:
     num_experts: int
     top_k: int
     normalised: bool
-    gate: str
+    gate: str | None
+    noise_gate: str | None
     gate_bias: str | None
     selection_bias: str | None
     into: str
@@ -71,7 +74,9 @@ class MoEBlock:
     @property
     def gate_tensors(self) -> tuple[str, ...]:
         """Names of the gate's tensors: experts on axis 0."""
-        return tuple(name for name in (self.gate, self.gate_bias, self.selection_bias) if name is not None)
+        return tuple(
+            name for name in (self.gate, self.noise_gate, self.gate_bias, self.selection_bias) if name is not None
+        )
 
     def set_numbers(self, num_experts: int, top_k: int) -> None:
         """Write E and k into the module's attributes, once its tensors have been cut or grown."""
@@ -130,7 +135,8 @@ def describe(model: nn.Module, path: str, block: str, index: int) -> MoEBlock:
     gate: Any = None if gate_name is None else getattr(module, gate_name)
     weight = getattr(gate, "weight", None)
     into, out = _named(experts, ("gate_up_proj", "up_proj", "into")), _named(experts, ("down_proj", "out"))
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or into is None or out is None:
+    has_gate = isinstance(weight, Tensor) and weight.ndim == 2
+    if not (has_gate or isinstance(gate, RandomRouter)) or into is None or out is None:
         raise SurgeryError(
             f"{path} ({type(module).__name__}) has experts of {type(experts).__name__} and a gate of {type(gate).__name__}, a form that moses "
             "does not know: give a model whose experts are fused, with a gate of one row an expert",
@@ -140,15 +146,13 @@ def describe(model: nn.Module, path: str, block: str, index: int) -> MoEBlock:
     def full(prefix: str, owner: Any, name: str) -> str | None:
         return f"{path}.{prefix}.{name}" if isinstance(getattr(owner, name, None), Tensor) else None
 
-    num_experts, d_model = (int(size) for size in weight.shape)
+    num_experts = int(weight.shape[0] if has_gate else gate.num_experts)
     top_k = next((int(getattr(part, name)) for part in (gate, module) for name in _TOP_K if hasattr(part, name)), None)
     sizes = {int(getattr(experts, name).shape[0]) for name in (into, out)}
     if top_k is None or sizes != {num_experts}:
         raise SurgeryError(
             f"{path} has {num_experts} gate rows for experts {sizes} and top-k {top_k}", code="unknown_mixture"
         )
-    shape = getattr(experts, into).shape
-    transposed = bool(getattr(experts, "is_transposed", shape[1] == d_model and shape[2] != d_model))
     shared = tuple(
         f"{path}.{name}"
         for name in ("shared_expert", "shared_experts", "shared_expert_gate")
@@ -161,7 +165,8 @@ def describe(model: nn.Module, path: str, block: str, index: int) -> MoEBlock:
         num_experts,
         top_k,
         bool(getattr(gate, "norm_topk_prob", getattr(gate, "normalise", not hasattr(gate, "routed_scaling_factor")))),
-        f"{path}.{gate_name}.weight",
+        f"{path}.{gate_name}.weight" if has_gate else None,
+        full(str(gate_name), gate, "noise_weight"),
         full(str(gate_name), gate, "bias") if not hasattr(gate, "update_bias") else None,
         full(str(gate_name), gate, "e_score_correction_bias")
         or (full(str(gate_name), gate, "bias") if hasattr(gate, "update_bias") else None),
@@ -169,7 +174,7 @@ def describe(model: nn.Module, path: str, block: str, index: int) -> MoEBlock:
         f"{path}.experts.{out}",
         full("experts", experts, f"{into}_bias"),
         full("experts", experts, f"{out}_bias"),
-        transposed,
+        bool(getattr(experts, "is_transposed", False)),
         not bool(getattr(experts, "is_concatenated", True)),
         shared,
         module,

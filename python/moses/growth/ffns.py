@@ -86,11 +86,11 @@ class DenseFFN:
         parts, last = _maps(self.module)
         sizes = [_matrix(part).shape[0] for part in parts]
         with torch.no_grad():
-            for part, rows in zip(parts, into.split(sizes), strict=True):
+            for part, rows in zip(parts, torch.split(into, sizes), strict=True):
                 _matrix(part).copy_(rows)
             _matrix(last).copy_(out)
             if into_bias is not None:
-                for part, values in zip(parts, into_bias.split(sizes), strict=True):
+                for part, values in zip(parts, torch.split(into_bias, sizes), strict=True):
                     part.bias.copy_(values)
             if out_bias is not None:
                 last.bias.copy_(out_bias)

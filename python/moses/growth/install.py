@@ -17,7 +17,7 @@ from ..seeds import stable_seed
 from .blocks import MoEBlock, moe_blocks, parameter
 from .context import GrowthContext
 from .ffns import DenseFFN, dense_ffns
-from .layer import GrowingLayer
+from .growing import GrowingLayer
 
 # mixtures whose weights are a softmax over all experts, normalised over the k or not
 _SOFTMAX = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo")
@@ -114,7 +114,7 @@ def _of_mixture(model: nn.Module, block: MoEBlock, context: GrowthContext, balan
     return GrowingLayer(
         parameter(model, block.into),
         parameter(model, block.out),
-        parameter(model, block.gate),
+        parameter(model, str(block.gate)),
         path=block.path,
         context=context,
         top_k=block.top_k,
@@ -141,7 +141,14 @@ def _activation(block: MoEBlock) -> str:
 def _require_softmax(model: nn.Module, block: MoEBlock) -> None:
     config: Any = model.config
     kind = config.get_text_config().model_type
-    odd = block.gate_bias or block.selection_bias or block.into_bias or block.transposed
+    odd = (
+        block.gate is None
+        or block.noise_gate
+        or block.gate_bias
+        or block.selection_bias
+        or block.into_bias
+        or block.transposed
+    )
     if kind not in _SOFTMAX or odd:
         raise SurgeryError(
             f"{block.path}: a mixture of {kind!r} cannot be continued: its gate or experts are of another kind; give one of {', '.join(_SOFTMAX)}",

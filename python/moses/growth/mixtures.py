@@ -18,7 +18,7 @@ from ..moe import MoELayer
 from ..surgery.plan import LayerSurgery, Slot, SurgeryPlan
 from ..targets import block_of
 from .blocks import MoEBlock, describe, moe_blocks, parameter
-from .layer import GrowingLayer
+from .growing import GrowingLayer
 from .slots import slot_rows, slot_state
 
 MASKED = -1e4  # selection bias of a gate row that is never chosen
@@ -117,6 +117,10 @@ def mixtures(model: nn.Module) -> list[Mixture]:
 
 
 def _prepare_fused(model: nn.Module, form: MoEBlock, part: LayerSurgery, plan: SurgeryPlan) -> list[Replacement]:
+    if form.gate is None:
+        raise SurgeryError(
+            f"{part.layer}: a table routes its tokens; only experts with gate rows can be changed", code="no_gate"
+        )
     masked = plan.new_rows == "masked" and any(slot.new for slot in part.slots)
     if masked and form.selection_bias is None:
         raise SurgeryError(

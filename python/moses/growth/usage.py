@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import MoELayer
-from ..plan import dispatch_plan
-from .layer import GrowingLayer
+from ..plan import DispatchPlan, dispatch_plan
+from ..routes import RouterOutput
+from .growing import GrowingLayer
 from .mixtures import Mixture, mixtures
 
 
@@ -55,21 +56,29 @@ class _Count:
 
         self._add(block, ids, weights, output)
 
-    def layer(self, block: str, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        """After moses's own layers."""
-        x = args[0]
-        flat = x.reshape(-1, x.shape[-1])
-        routed = output[1] if isinstance(module, MoELayer) else module.route(x)
+    def routed(self, block: str, experts: Any, _router: Any, args: tuple[Any, ...], output: RouterOutput) -> None:
+        """After the router of a `MoELayer`, whose experts are given rows in a plan's order."""
+        x = args[0].reshape(-1, args[0].shape[-1])
 
         def made(expert: int, rows: Tensor) -> Tensor:
-            count = self.tokens[block].shape[0]
-            plan = dispatch_plan(torch.full((rows.shape[0], 1), expert, device=x.device), count)
-            if isinstance(module, MoELayer):
-                found: Tensor = module.experts(flat[rows], plan)
-                return found
-            return module.expert_rows(flat[rows], plan)  # type: ignore[no-any-return]
+            found: Tensor = experts(x[rows], self._plan(block, expert, rows))
+            return found
 
-        self._add(block, routed.routes.expert_ids, routed.routes.weights, made)
+        self._add(block, output.routes.expert_ids, output.routes.weights, made)
+
+    def growing(self, block: str, layer: GrowingLayer, args: tuple[Any, ...], _output: Any) -> None:
+        """After a growing layer."""
+        x = args[0].reshape(-1, args[0].shape[-1])
+        routes = layer.route(args[0]).routes
+
+        def made(expert: int, rows: Tensor) -> Tensor:
+            return layer.expert_rows(x[rows], self._plan(block, expert, rows))
+
+        self._add(block, routes.expert_ids, routes.weights, made)
+
+    def _plan(self, block: str, expert: int, rows: Tensor) -> DispatchPlan:
+        ids = torch.full((rows.shape[0], 1), expert, device=rows.device)
+        return dispatch_plan(ids, self.tokens[block].shape[0])
 
     def _add(self, block: str, ids: Tensor, weights: Tensor, output: Any) -> None:
         ids, weights = ids.detach(), weights.detach()
@@ -99,8 +108,10 @@ def measure_use(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, no
     handles = []
     for part in found:
         module: Any = part.module
-        if isinstance(module, (GrowingLayer, MoELayer)):
-            handles.append(module.register_forward_hook(partial(count.layer, part.block)))
+        if isinstance(module, GrowingLayer):
+            handles.append(module.register_forward_hook(partial(count.growing, part.block)))
+        elif isinstance(module, MoELayer):
+            handles.append(module.router.register_forward_hook(partial(count.routed, part.block, module.experts)))
         else:
             handles.append(module.experts.register_forward_pre_hook(partial(count.fused, part.block), with_kwargs=True))
     training = model.training

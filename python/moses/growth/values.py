@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from .layer import GrowingLayer
+from .growing import GrowingLayer
 
 NEURONS, GATE = "neurons", "gate"
 
