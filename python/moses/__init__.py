@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
+    from .growth.live import grow, prune
     from .growth.upcycle import upcycle
     from .moe import MoELayer
     from .plan import DispatchPlan, dispatch_plan
@@ -37,8 +38,10 @@ _LAZY = {
     "attach": "attachment",
     "detach": "attachment",
     "dispatch_plan": "plan",
+    "grow": "growth.live",
     "load": "checkpoint",
     "load_stream": "stream",
+    "prune": "growth.live",
     "Run": "training",
     "train": "training",
     "upcycle": "growth.upcycle",
@@ -57,10 +60,12 @@ __all__ = [
     "attach",
     "detach",
     "dispatch_plan",
+    "grow",
     "growth",
     "load",
     "load_stream",
     "ops",
+    "prune",
     "routers",
     "train",
     "upcycle",
