@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
     from .growth.extract import extract
+    from .growth.live import grow, prune
     from .growth.upcycle import upcycle
     from .moe import MoELayer
     from .plan import DispatchPlan, dispatch_plan
@@ -39,8 +40,10 @@ _LAZY = {
     "detach": "attachment",
     "dispatch_plan": "plan",
     "extract": "growth.extract",
+    "grow": "growth.live",
     "load": "checkpoint",
     "load_stream": "stream",
+    "prune": "growth.live",
     "Run": "training",
     "train": "training",
     "upcycle": "growth.upcycle",
@@ -60,10 +63,12 @@ __all__ = [
     "detach",
     "dispatch_plan",
     "extract",
+    "grow",
     "growth",
     "load",
     "load_stream",
     "ops",
+    "prune",
     "routers",
     "train",
     "upcycle",

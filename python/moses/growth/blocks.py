@@ -100,7 +100,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
         number = (block or "").rpartition(".")[2]
         if not isinstance(experts, nn.Module) or block is None or not number.isdigit():
             continue
-        found.append(_described(model, path, block, int(number), module, experts))
+        found.append(describe(model, path, block, int(number)))
     return found
 
 
@@ -127,7 +127,10 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
         setattr(module, last, value)
 
 
-def _described(model: nn.Module, path: str, block: str, index: int, module: nn.Module, experts: nn.Module) -> MoEBlock:
+def describe(model: nn.Module, path: str, block: str, index: int) -> MoEBlock:
+    """The mixture at `path`. Raises `SurgeryError` (`unknown_mixture`)."""
+    module = model.get_submodule(path)
+    experts: Any = module.experts
     gate_name = next((name for name in ("gate", "router") if isinstance(getattr(module, name, None), nn.Module)), None)
     gate: Any = None if gate_name is None else getattr(module, gate_name)
     weight = getattr(gate, "weight", None)
