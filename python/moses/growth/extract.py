@@ -22,6 +22,7 @@ from .classes import build, dense_blocks, dense_config, sparse_fields
 from .ffns import DenseFFN, dense_ffns
 from .layer import MixtureFFN, PlainFFN
 from .layout import empty_table
+from .slots import slot_rows
 from .upcycle import copy_trunk
 
 
@@ -182,7 +183,7 @@ def _fill(source: Any, made: Any, blocks: Mapping[str, MoEBlock], plan: SurgeryP
         state = block.module.state_dict()
         for full in (*block.gate_tensors, *block.expert_tensors):
             local = full.removeprefix(block.path + ".")
-            state[local] = state[local] if part is None else gathered(state[local], part.slots)
+            state[local] = state[local] if part is None else slot_rows(state[local], part.slots)
         made.get_submodule(block.path).load_state_dict(state)
 
 
@@ -198,23 +199,10 @@ def dense_ffns_at(model: Any, paths: set[str]) -> list[DenseFFN]:
     return found
 
 
-def gathered(tensor: Tensor, slots: Sequence[Slot]) -> Tensor:
-    """(S, ...) from (E, ...): kept experts bit for bit, averages in float32."""
-    rows = []
-    for slot in slots:
-        if slot.kept:
-            rows.append(tensor[slot.sources[0]])
-        else:
-            weights = torch.tensor(slot.weights or (1.0,), dtype=torch.float64, device=tensor.device)
-            part = tensor[list(slot.sources)].double()
-            rows.append((part * weights.view(-1, *[1] * (tensor.ndim - 1))).sum(0).to(tensor.dtype))
-    return torch.stack(rows)
-
-
 def _fused(model: Any, block: MoEBlock, slot: Slot) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """into, out and their biases of one FFN, as `DenseFFN.load` takes them."""
     names = (block.into, block.out, block.into_bias, block.out_bias)
-    found = [None if name is None else gathered(parameter(model, name).detach(), (slot,))[0] for name in names]
+    found = [None if name is None else slot_rows(parameter(model, name).detach(), (slot,))[0] for name in names]
     into, out, *biases = found
     assert into is not None
     assert out is not None
@@ -242,7 +230,7 @@ def _in_layers(model: Any, plan: SurgeryPlan) -> Any:
         if block.gate is None:
             _cut_table(block, part)
         for name in (*block.gate_tensors, *block.expert_tensors):
-            set_parameter(made, name, gathered(parameter(made, name).detach(), part.slots))
+            set_parameter(made, name, slot_rows(parameter(made, name).detach(), part.slots))
         block.set_numbers(len(part.slots), top_k)
     return made
 
