@@ -101,12 +101,15 @@ def _document(model: Any, places: list[dict[str, Any]]) -> dict[str, Any]:
     """The description, checked: the model that it makes has the tensors of this one."""
     from .layout import own_names
 
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # where it was loaded from says nothing to others
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "architecture": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "dtype": config["dtype"],
+        "config": config,
         "layout": places,
     }
     mine = {name: tuple(tensor.shape) for name, tensor in own_names(model).items()}
