@@ -21,7 +21,7 @@ from torch import nn
 
 from .config import TrainConfig, from_settings
 from .errors import ConfigError
-from .methods import method_class
+from .methods import Method, method_class
 from .progress import Progress
 from .run_files import TRAINER
 from .seeds import stable_seed
@@ -30,6 +30,7 @@ from .stream import Stream, load_stream
 from .stream.identify import IdentifierConfig
 from .stream.prompt import Collator, Cuts, encode_train
 from .stream.task import Task
+from .stream.text import packed
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def train(
     Args:
         model: a path, hub name or alias (`moses.models.ALIASES`), or a model in memory with its `tokenizer`.
         stream: a `Stream`, a folder in TRACE's format, or a built-in name.
-        method: `moses`, `sequential` or `per-task`.
+        method: a name of `moses.methods.METHODS`.
         output_dir: the run folder; it must be absent or empty, but for `resume`.
         tasks: which tasks of the stream, in which order.
         resume: go on with a run that was interrupted; start it where there is none; end at once where it is finished.
@@ -153,32 +154,52 @@ def _run(session: Session) -> None:
 
 
 def _train_task(session: Session, index: int, task: Task) -> None:
-    from transformers import Trainer, set_seed
+    from transformers import set_seed
 
     method, config = session.method, session.train_config
     labels = session.formats[task.name].labels
     seed = stable_seed(config.seed, "task", index) % 2**32
     set_seed(seed)
     views = session.views_of(task)
-    cuts = Cuts()
-    rows = [
-        encode_train(
-            session.tokenizer,
-            example,
-            config.max_length,
-            session.kind,
-            labels=labels,
-            template=config.template,
-            cuts=cuts,
-        )
-        for example in task.train
-    ]
-    if cuts.cut:
-        session.progress.say(f"{task.name}: {cuts}")
+    rows = _rows(session, session.method.trains_on(session.stream, index))
     similar = session.donor(rows) if method.reads_similar else None
+    method.see_task(rows)
     method.begin_task(task.name, task.domain, len(labels) if session.kind == "classifier" else None, similar)
+    if rows:
+        _fit(session, index, task, rows, seed)
+    method.end_task(task.name)
+    session.commit_task(task.name, views, similar)
+
+
+def _rows(session: Session, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """The encoded training examples of these tasks."""
+    config, rows = session.train_config, []
+    for task in tasks:
+        if task.is_text:
+            rows += packed(session.tokenizer, [example.answer for example in task.train], config.max_length)
+            continue
+        cuts = Cuts()
+        rows += [
+            encode_train(
+                session.tokenizer,
+                example,
+                config.max_length,
+                session.kind,
+                labels=session.formats[task.name].labels,
+                template=config.template,
+                cuts=cuts,
+            )
+            for example in task.train
+        ]
+        if cuts.cut:
+            session.progress.say(f"{task.name}: {cuts}")
+    return rows
+
+
+def _fit(session: Session, index: int, task: Task, rows: list[dict[str, Any]], seed: int) -> None:
+    method, config = session.method, session.train_config
     trainer_folder = session.path / TRAINER
-    trainer = Trainer(
+    trainer = _trainer_class(method)(
         model=method.model,
         args=_arguments(config, trainer_folder, seed),
         train_dataset=rows,
@@ -193,9 +214,27 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     # Accelerate's mixed precision patches the model's forward; the model goes back to what it was.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
-    method.end_task(task.name)
-    session.commit_task(task.name, views, similar)
     shutil.rmtree(trainer_folder, ignore_errors=True)
+
+
+def _trainer_class(method: Method) -> Any:
+    """The Trainer, which adds the method's own loss to the task's."""
+    from transformers import Trainer
+
+    class MethodTrainer(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            with method.watch() as seen:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            extra = method.extra_loss(model, inputs, outputs, seen)
+            if extra is not None:
+                # the task's loss is a mean over the whole step where the model takes the number of its tokens, else the Trainer divides it
+                whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                loss = loss + (extra / self.current_gradient_accumulation_steps if whole else extra)
+            return (loss, outputs) if return_outputs else loss
+
+    return MethodTrainer
 
 
 def _arguments(config: TrainConfig, folder: Path, seed: int) -> Any:

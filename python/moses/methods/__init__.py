@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 from .base import Method
+from .finetune import FinetuneMethod, JointMethod
 from .moses import MosesMethod
 from .per_task import PerTaskMethod
 from .sequential import SequentialMethod
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (MosesMethod, SequentialMethod, PerTaskMethod)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (MosesMethod, SequentialMethod, PerTaskMethod, FinetuneMethod, JointMethod)
+}
 
 
 def method_class(name: str) -> type[Method]:
