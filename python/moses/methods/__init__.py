@@ -5,12 +5,23 @@ from __future__ import annotations
 from ..errors import ConfigError
 from .base import Method
 from .finetune import FinetuneMethod, JointMethod
+from .lifelong_moe import LifelongMoEMethod
 from .moses import MosesMethod
+from .pangu_sigma import PanguSigmaMethod
 from .per_task import PerTaskMethod
 from .sequential import SequentialMethod
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (MosesMethod, SequentialMethod, PerTaskMethod, FinetuneMethod, JointMethod)
+    method.name: method
+    for method in (
+        MosesMethod,
+        SequentialMethod,
+        PerTaskMethod,
+        FinetuneMethod,
+        JointMethod,
+        LifelongMoEMethod,
+        PanguSigmaMethod,
+    )
 }
 
 
