@@ -146,7 +146,7 @@ def describe(model: nn.Module, path: str, block: str, index: int) -> MoEBlock:
     def full(prefix: str, owner: Any, name: str) -> str | None:
         return f"{path}.{prefix}.{name}" if isinstance(getattr(owner, name, None), Tensor) else None
 
-    num_experts = int(weight.shape[0] if has_gate else gate.num_experts)
+    num_experts = int(gate.weight.shape[0] if has_gate else gate.num_experts)
     top_k = next((int(getattr(part, name)) for part in (gate, module) for name in _TOP_K if hasattr(part, name)), None)
     sizes = {int(getattr(experts, name).shape[0]) for name in (into, out)}
     if top_k is None or sizes != {num_experts}:

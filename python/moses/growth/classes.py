@@ -187,9 +187,8 @@ def carry(config: Any, model_type: str, extra: Mapping[str, Any], neutral: Neutr
             if not neutral[name](value):
                 return f"{model_type} has no {name} = {value!r}"
             continue
-        if (
-            name in declared and name not in known and name != "head_dim"
-        ):  # head_dim is read where it is not declared too
+        # head_dim is read where it is not declared too
+        if name in declared and name not in known and name != "head_dim":
             return f"{model_type} has no {name}"
         given[name] = value
     try:
@@ -211,12 +210,12 @@ def build(config: Any, like: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    maker: Any = AutoModelForCausalLM
     try:
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=like.dtype, attn_implementation=like.config._attn_implementation
-            )
+            model = maker.from_config(config, dtype=like.dtype, attn_implementation=like.config._attn_implementation)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise SurgeryError(f"{config.model_type}: {error}", code="not_upcyclable") from error
+    model.tie_weights()  # which no_init_weights leaves out
     model.train(like.training)
     return model.to(like.device)

@@ -1,7 +1,7 @@
 """moses's own mixture in the place of an FFN of a transformers model, and how a caller reaches its router.
 
-T tokens, E experts, D model width, F expert width. A block of transformers calls its FFN with (..., D) and takes (..., D), so what the router says has no
-way out by the return value. It goes through the context instead, never through the module:
+T tokens, E experts, D model width, F expert width. A block of transformers calls its FFN with (..., D) and takes (..., D): what the router
+says has no way out by the return value. It goes through the context instead, never through the module:
 
     with route(token_ids=ids, domains=0) as outputs:     # keywords of the router; none for a router with a gate
         loss = model(input_ids=ids, labels=ids).loss
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from ..experts import Experts, Kind, compute_dtype, settings
 from ..moe import MoELayer
@@ -60,6 +61,25 @@ class BiasedExperts(Experts):
         hidden = grouped_linear(rows.to(dtype), self.into.to(dtype), offsets) + self.into_bias.to(dtype)[expert]
         y = grouped_linear(hide(hidden, activation, gated), self.out.to(dtype), offsets)
         return (y + self.out_bias.to(dtype)[expert]) * somebodys
+
+
+class PlainFFN(nn.Module):
+    """The one expert that is left of a mixture, where the model's class has no FFN of its own. Named as in Phi-3 (with a gate) or Nemotron."""
+
+    def __init__(self, d_model: int, d_ff: int, kind: Kind, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.kind, self.activation, self.d_model, self.d_ff, self.bias = kind, activation, d_model, d_ff, bias
+        self.name = "gate_up_proj" if kind == "gate_up_down" else "up_proj"
+        wide = 2 * d_ff if kind == "gate_up_down" else d_ff
+        self.register_module(self.name, nn.Linear(d_model, wide, bias=bias))
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+        self.act_fn = ACT2FN[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        hidden = hide(self.get_submodule(self.name)(x), self.activation, self.kind == "gate_up_down")
+        y: Tensor = self.down_proj(hidden)
+        return y
 
 
 class MixtureFFN(MoELayer):
@@ -107,6 +127,6 @@ class MixtureFFN(MoELayer):
             context[1][self.block] = said
         if self.dropout and self.training:
             y = F.dropout(y, self.dropout)
-        if self.dense is not None:
-            y = self.dense(x) + y.to(x.dtype)
-        return y.to(x.dtype)
+        beside: Any = self.dense
+        result: Tensor = y.to(x.dtype) if beside is None else beside(x) + y.to(x.dtype)
+        return result

@@ -1,15 +1,15 @@
 """Upcycling: a dense model becomes a mixture of experts that computes the same (Komatsuzaki et al., arXiv 2212.05055).
 
-Every expert is a copy of the FFN and the k weights of a token sum to 1, so the gate's rows, which are random, do not matter at first. Expert 0 stays the FFN
-itself; the others may get noise, or a part of their neurons drawn anew (`reinit`; Nakamura et al., arXiv 2502.19261: normal, with the mean and
-deviation of the weights that they replace). Where a class of transformers holds the result it is a model of that class, else of moses's layer.
+Every expert is a copy of the FFN and the k weights of a token sum to 1, so the gate's rows, which are random, do not matter at first. Expert 0 stays
+the FFN itself; the others may get noise, or a part of their neurons drawn anew (`reinit`; Nakamura et al., arXiv 2502.19261: normal, with the mean
+and deviation of the weights that they replace). Where a class of transformers holds the result it is a model of that class, else of moses's layer.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .ffns import DenseFFN, dense_ffns
 from .layer import MixtureFFN
 
 # softmax over the k alone: their sum is 1 for k = 1 too
-ROUTERS = {
+ROUTERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "topk": lambda d, e, k: TopKRouter(d, e, k, scoring="softmax_after"),
     "noisy_topk": NoisyTopKRouter,
     "gshard": lambda d, e, k: GShardRouter(d, e, random_second=False),
@@ -35,7 +35,8 @@ ROUTERS = {
 }
 _FIXED_TOP_K = {"gshard": 2, "switch": 1}
 _SCALED = {"switch": "scales its expert by its probability", "expert_choice": "leaves tokens out"}
-_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# rounding grows with depth (5e-6 in the 30 blocks of SmolLM2-135M), a config that was not carried shows far above
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def upcycle(
@@ -67,7 +68,7 @@ def upcycle(
 
     Returns:
         A model of transformers of the same dtype, device and mode. Without noise and `reinit` its logits equal the model's within 1e-5 of the largest
-        (float32), which is checked on a few tokens.
+        (float32); a result that differs by more than rounding, on a few tokens, is refused.
 
     Raises:
         ConfigError: `bad_setting`; `unknown_layer` for a block that is not there.
@@ -265,7 +266,7 @@ def _as_layers(
     for ffn in chosen:
         like = ffn.out
         num_experts = len(plan[ffn.block].slots)
-        gate: Any = ROUTERS[router](ffn.d_model, num_experts, plan.top_k)  # type: ignore[no-untyped-call]
+        gate: Any = ROUTERS[router](ffn.d_model, num_experts, plan.top_k or 1)
         with torch.no_grad():
             if not isinstance(gate, NoisyTopKRouter):  # starts at 0, by its paper
                 gate.weight.copy_(_gate_rows(ffn.block, num_experts, ffn.d_model, plan.seed, model.config))
@@ -298,7 +299,7 @@ def require_same(model: Any, made: Any, tokens: int = 16) -> float:
     """The largest difference of two models' logits on random tokens, in parts of the largest logit.
 
     Raises:
-        SurgeryError: `not_preserved`: it is above what the dtype's rounding explains (1e-5 in float32).
+        SurgeryError: `not_preserved`: it is above what the dtype's rounding explains.
     """
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
