@@ -32,6 +32,7 @@ LAYERS = (
     ("attachment",),
     ("methods",),
     ("run_config", "answers"),
+    ("perplexity",),
     ("checkpoint", "results", "evaluate"),
     ("donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
     ("session",),

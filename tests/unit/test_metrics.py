@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moses.errors import RunError, StreamError
 from moses.metrics import normalise, score, score_items, transfer_metrics
 from moses.sari import sari, tokenize
-from moses.stream.task import METRICS
+from moses.stream.task import ANSWER_METRICS
 
 
 def one(metric: str, prediction: str, answer: str, prompt: str = "p") -> float:
@@ -124,7 +124,7 @@ def test_sari_tokenizes_as_13a() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ANSWER_METRICS)
 def test_every_metric_knows_best_and_nothing(metric: str) -> None:
     answer = "the same few words here"
     assert one(metric, answer, answer, "other text altogether, quite long") == pytest.approx(100.0)
@@ -134,7 +134,7 @@ def test_every_metric_knows_best_and_nothing(metric: str) -> None:
         assert one(metric, empty, empty) == 0.0  # SARI would give 100, a ratio of nothing 100
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ANSWER_METRICS)
 @given(data=st.data())
 def test_the_score_is_the_mean_of_items_within_bounds(metric: str, data: st.DataObject) -> None:
     texts = st.text("ab .\n<", max_size=12)

@@ -39,7 +39,7 @@ def test_demo_has_five_tasks_of_the_promised_size(demo: Stream) -> None:
 def test_no_prompt_is_in_two_splits_or_twice(name: str, demo: Stream) -> None:
     stream = demo if name == "demo" else load_stream(name)
     for task in stream.tasks:
-        prompts = [example.prompt for split in (task.train, task.eval, task.test) for example in split]
+        prompts = [example.shown for split in (task.train, task.eval, task.test) for example in split]
         assert len(prompts) == len(set(prompts)), task.name
 
 
@@ -60,7 +60,7 @@ def test_no_module_is_in_two_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(module, label, example)
 
     monkeypatch.setattr(library_module, "_Candidate", remembering)
-    tasks = library_module.library_tasks((200, 40, 50))
+    tasks = library_module.library_tasks(["nextline", "exception", "docstring"], (200, 40, 50))
     for task in tasks.values():
         assert (len(task.train), len(task.eval), len(task.test)) == (200, 40, 50)
         modules = [

@@ -146,7 +146,8 @@ def _print_results(run: Path) -> None:
         rows += [
             [f"after {task}", *map(format_score, row)] for task, row in zip(results.tasks, mode.matrix, strict=False)
         ]
-        print_table(f"{name}, score by task", ["", *results.tasks], rows)
+        what = results.score_name if results.lower_is_better else "score"
+        print_table(f"{name}, {what} by task", ["", *results.tasks], rows)
     measures = [
         (key.upper(), ", ".join(f"{format_score(mode.metrics.get(key))} ({name})" for name, mode in modes))
         for key in ("op", "bwt", "fwt")

@@ -9,9 +9,9 @@ from pathlib import Path
 from moses.errors import StreamError
 from moses.stream.builtin import BUILTIN_STREAMS, load_builtin
 from moses.stream.folder import load_folder
-from moses.stream.task import METRICS, Example, Stream, Task
+from moses.stream.task import LOWER_IS_BETTER, METRICS, Example, Stream, Task, text_example
 
-__all__ = ["BUILTIN_STREAMS", "METRICS", "Example", "Stream", "Task", "load_stream"]
+__all__ = ["BUILTIN_STREAMS", "LOWER_IS_BETTER", "METRICS", "Example", "Stream", "Task", "load_stream", "text_example"]
 
 
 def load_stream(

@@ -17,6 +17,13 @@ def balanced(by_label: Mapping[str, Sequence[Example]], size: int) -> tuple[Exam
     return tuple(sorted(chosen[:size], key=lambda example: stable_hash(example.prompt)))
 
 
+def spread(rows: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
+    """At most `limit` rows at even distances, so that a file sorted by answer keeps all of its answers."""
+    if limit is None or limit >= len(rows):
+        return tuple(rows)
+    return tuple(rows[index * len(rows) // limit] for index in range(limit))
+
+
 def stable_hash(text: str) -> str:
     """SHA-256 hex: it orders examples without a random generator, and a new example does not move the others."""
     return hashlib.sha256(text.encode()).hexdigest()

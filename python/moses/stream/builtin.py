@@ -1,4 +1,4 @@
-"""The streams that need no download: `demo`, five real tasks, and `tiny`, three small ones for tests.
+"""The streams that need no download: `demo`, five real tasks, `tiny`, three small ones for tests, `domains`, texts to model.
 
 Definitions come from a sample of WordNet 3.0 that ships with moses (data/LICENSE.wordnet), code from Python's own
 library. Guarantees: no definition and no module is in two splits; the test examples do not depend on how many are taken
@@ -8,13 +8,14 @@ to train.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from moses.stream.balance import balanced
+from moses.stream.domains import DOMAINS, domain_tasks
 from moses.stream.folder import choose_tasks
 from moses.stream.library import library_tasks
 from moses.stream.task import Example, Stream, Task
@@ -32,11 +33,12 @@ class _Definitions:
 
 @dataclass(frozen=True, slots=True)
 class BuiltinStream:
-    """`tasks`: name -> how to cut it, None for one of `library_tasks`; `sizes`: train, eval and test examples a task by
+    """`tasks`: name -> how to cut it, None for one that `make` knows; `sizes`: train, eval and test examples a task by
     default."""
 
     tasks: Mapping[str, _Definitions | None]
     sizes: tuple[int, int, int]
+    make: Callable[[Sequence[str], tuple[int, int, int]], dict[str, Task]] = library_tasks
 
 
 _WHAT, _ACTION = "What is defined here?", "What kind of action is this verb?"
@@ -64,6 +66,7 @@ BUILTIN_STREAMS: dict[str, BuiltinStream] = {
         },
         (16, 4, 8),
     ),
+    "domains": BuiltinStream(dict.fromkeys(DOMAINS), (150, 16, 24), domain_tasks),
 }
 
 # of the definitions of a label in wordnet.json: the first for the test, the next for evaluation, all others to train
@@ -81,7 +84,8 @@ def load_builtin(
         size if limit is None else limit for size, limit in zip(stream.sizes, limits, strict=True)
     )
     sizes = (train, evaluation, test)
-    library = library_tasks(sizes) if any(stream.tasks[task] is None for task in names) else {}
+    others = [task for task in names if stream.tasks[task] is None]
+    library = stream.make(others, sizes) if others else {}
     made = []
     for task in names:
         definitions = stream.tasks[task]

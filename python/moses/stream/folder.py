@@ -1,4 +1,5 @@
-"""A stream from a folder in TRACE's format: a folder a task, with `train.json`, `eval.json` and `test.json`.
+"""A stream from a folder in TRACE's format: a folder a task, with `train.json`, `eval.json` and `test.json`. A task whose rows
+are `{"text"}` is a domain of texts to model.
 
 Order and measures, the first that says so: the caller's list of tasks; `stream.json`, `{"tasks": [...], "metrics":
 {task: name}}`; TRACE's own, where folders have its names; the sorted names of the folders, measured by accuracy.
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moses.errors import StreamError
+from moses.stream.balance import spread
 from moses.stream.rows import read_json, read_rows
-from moses.stream.task import DEFAULT_METRIC, METRICS, Example, Stream, Task
+from moses.stream.task import DEFAULT_METRIC, METRICS, TEXT_METRIC, Stream, Task
 from moses.stream.trace import TRACE_METRICS, trace_order
 
 SPLITS = ("train", "eval", "test")
@@ -71,13 +73,6 @@ def choose_tasks(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
     return list(tasks)
 
 
-def spread(rows: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
-    """At most `limit` rows at even distances, so that a file sorted by answer keeps all of its answers."""
-    if limit is None or limit >= len(rows):
-        return tuple(rows)
-    return tuple(rows[index * len(rows) // limit] for index in range(limit))
-
-
 def _task(folder: Path, metric: str | None, limits: Sequence[int | None]) -> Task:
     parts = []
     for split, limit in zip(SPLITS, limits, strict=True):
@@ -88,7 +83,27 @@ def _task(folder: Path, metric: str | None, limits: Sequence[int | None]) -> Tas
             )
         parts.append(spread(read_rows(path), limit))
     train, evaluation, test = parts
-    return Task(folder.name, train, evaluation, test, metric or TRACE_METRICS.get(folder.name, DEFAULT_METRIC))
+    of_text = [not rows[0].prompt for rows in parts]
+    for split, kind in zip(SPLITS[1:], of_text[1:], strict=True):
+        if kind != of_text[0]:
+            raise StreamError(
+                f"{folder / f'{split}.json'}: its rows are {_kind(kind)} and those of train.json {_kind(of_text[0])}: "
+                "give one kind",
+                code="mixed_rows",
+            )
+    default = TEXT_METRIC if of_text[0] else TRACE_METRICS.get(folder.name, DEFAULT_METRIC)
+    if metric is not None and (metric == TEXT_METRIC) != of_text[0]:
+        raise StreamError(
+            f"{folder}: its rows are {_kind(of_text[0])}, which {metric!r} does not score: "
+            f"{TEXT_METRIC!r} is for texts, and no other metric",
+            code="metric_mismatch",
+        )
+    name = folder.name
+    return Task(name, train, evaluation, test, metric or default, domain=name if of_text[0] else None)
+
+
+def _kind(of_text: bool) -> str:
+    return "texts" if of_text else "prompts"
 
 
 def _task_folders(root: Path) -> list[str]:

@@ -12,7 +12,7 @@ import sysconfig
 import textwrap
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,8 @@ class _Function:
     statements: list[ast.stmt]  # itself and all inside of it
 
 
-def library_tasks(sizes: tuple[int, int, int]) -> dict[str, Task]:
-    """The tasks `nextline`, `exception` and `docstring`, of at most the given numbers of train, eval and test
+def library_tasks(names: Sequence[str], sizes: tuple[int, int, int]) -> dict[str, Task]:
+    """Those of the tasks `nextline`, `exception` and `docstring`, of at most the given numbers of train, eval and test
     examples."""
     found: dict[str, list[_Candidate]] = {"nextline": [], "exception": [], "docstring": []}
     for function in _functions():
@@ -67,21 +67,41 @@ def library_tasks(sizes: tuple[int, int, int]) -> dict[str, Task]:
         found["exception"] += _exceptions(function)
         found["docstring"] += _summaries(function)
     metrics = {"nextline": "edit_similarity", "exception": "accuracy", "docstring": "rouge_l"}
-    return {name: _task(name, metrics[name], candidates, sizes) for name, candidates in found.items()}
+    return {name: _task(name, metrics[name], found[name], sizes) for name in names}
 
 
-def _functions() -> Iterator[_Function]:
+def stdlib_code() -> dict[str, str]:
+    """Module's path -> its source without docstrings, of a quarter of the modules that every supported Python has."""
+    return {module: "\n".join(_without_docstrings(lines, tree)) for module, lines, tree in _sources("0123")}
+
+
+def _sources(endings: str = "0123456789abcdef") -> Iterator[tuple[str, list[str], ast.Module]]:
+    """(path, lines, tree) of the modules, those whose path's hash ends in one of these digits: there is more than is wanted."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for name in _MODULES.split() for file in (root / f"{name}.py", *sorted((root / name).rglob("*.py")))]
     for file in files:
-        if not file.is_file() or "test" in file.parts:
+        module = file.relative_to(root).as_posix()
+        if not file.is_file() or "test" in file.parts or stable_hash(module)[-1] not in endings:
             continue
         with tokenize.open(file) as handle:
             text = handle.read()
-        module, lines = file.relative_to(root).as_posix(), text.splitlines()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library's own: a backslash in an old docstring
             tree = ast.parse(text)
+        yield module, text.splitlines(), tree
+
+
+def _without_docstrings(lines: list[str], tree: ast.Module) -> list[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    dropped: set[int] = set()
+    for node in (tree, *_statements(tree)):
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+            dropped |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return [line for number, line in enumerate(lines, 1) if number not in dropped]
+
+
+def _functions() -> Iterator[_Function]:
+    for module, lines, tree in _sources():
         for node in _statements(tree):
             if isinstance(node, ast.FunctionDef):
                 yield _Function(module, lines, node, ast.get_docstring(node), [node, *_statements(node)])
@@ -181,7 +201,7 @@ def _task(name: str, metric: str, candidates: list[_Candidate], sizes: tuple[int
     for candidate in sorted(candidates, key=lambda candidate: stable_hash(candidate.example.prompt)):
         if candidate.example.prompt not in seen:
             seen.add(candidate.example.prompt)
-            splits[_split(candidate.module)].append(candidate)
+            splits[split_of(candidate.module)].append(candidate)
     train, evaluation, test = (_choose(splits[split], size) for split, size in zip(splits, sizes, strict=True))
     if not (train and evaluation and test):
         raise StreamError(
@@ -201,6 +221,7 @@ def _choose(candidates: list[_Candidate], size: int) -> tuple[Example, ...]:
     return balanced(by_label, size)
 
 
-def _split(module: str) -> str:
-    share = int(stable_hash(module)[:8], 16) % 100
+def split_of(document: str) -> str:
+    """`train`, `eval` or `test` of a module or another document, from the hash of its name: 68, 13 and 19 in a hundred."""
+    share = int(stable_hash(document)[:8], 16) % 100
     return "train" if share < 68 else "eval" if share < 81 else "test"

@@ -1,5 +1,5 @@
-"""Reading a file of `{"prompt", "answer"}` rows, a JSON list or one JSON object a line, and naming the line of a bad
-one.
+"""Reading a file of `{"prompt", "answer"}` rows or of `{"text"}` rows, a JSON list or one JSON object a line, and naming the
+line of a bad one.
 
 Guarantees: a file that is damaged or hostile (too large, nested too deeply, no regular file, not UTF-8) is a
 StreamError with the file and, where there is one, the line; nothing waits on a pipe; nothing is read before its size is
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moses.errors import StreamError
-from moses.stream.task import Example
+from moses.stream.task import Example, text_example
 
 MAX_FILE_BYTES = 256 * 2**20  # TRACE's largest file has some tens of MiB
 MAX_ROWS = 1_000_000  # a row costs some 300 bytes of Python objects besides its text
@@ -27,16 +27,19 @@ _DECODER = json.JSONDecoder()
 
 
 def read_rows(path: Path) -> tuple[Example, ...]:
-    """All rows of the file, in its order; extra fields are ignored. Raises StreamError for an empty file or any bad
-    row."""
+    """All rows of the file, in its order; extra fields are ignored. The first row says of which kind they are: a text to model
+    where it has `text` and no `prompt`. Raises StreamError for an empty file or any bad row."""
     text = read_text(path)
     rows: list[Example] = []
+    of_text = False
     for line, value in _values(path, text):
         if len(rows) == MAX_ROWS:
             _fail(path, line, f"more than {MAX_ROWS} rows: split the task", "too_many_rows")
-        rows.append(_example(path, line, value))
+        if not rows:
+            of_text = isinstance(value, dict) and "text" in value and "prompt" not in value
+        rows.append(_text(path, line, value) if of_text else _example(path, line, value))
     if not rows:
-        raise StreamError(f"{path}: no rows: give at least one {{'prompt', 'answer'}}", code="empty_file")
+        raise StreamError(f"{path}: no rows: give at least one {{'prompt', 'answer'}} or {{'text'}}", code="empty_file")
     return tuple(rows)
 
 
@@ -140,18 +143,28 @@ def _expect_end(path: Path, text: str, position: int) -> None:
 def _example(path: Path, line: int, value: Any) -> Example:
     if not isinstance(value, dict):
         _fail(path, line, f"a row is a {_json_type(value)}: it must be an object with 'prompt' and 'answer'", "bad_row")
-    for field in ("prompt", "answer"):
-        if field not in value:
-            _fail(path, line, f"the row has no {field!r}: add it", "bad_row")
-        if not isinstance(value[field], str):
-            _fail(path, line, f"{field!r} is a {_json_type(value[field])}: it must be a string", "bad_row")
-        if not value[field].strip():
-            _fail(path, line, f"{field!r} is empty: fill it or remove the row", f"empty_{field}")
-        try:
-            value[field].encode()
-        except UnicodeEncodeError:
-            _fail(path, line, f"{field!r} has half of a surrogate pair: no tokenizer reads it, remove it", "bad_row")
-    return Example(value["prompt"], value["answer"])
+    return Example(_string(path, line, value, "prompt"), _string(path, line, value, "answer"))
+
+
+def _text(path: Path, line: int, value: Any) -> Example:
+    if not isinstance(value, dict):
+        _fail(path, line, f"a row is a {_json_type(value)}: it must be an object with 'text', as the first", "bad_row")
+    return text_example(_string(path, line, value, "text"))
+
+
+def _string(path: Path, line: int, row: dict[str, Any], field: str) -> str:
+    if field not in row:
+        _fail(path, line, f"the row has no {field!r}: add it", "bad_row")
+    value = row[field]
+    if not isinstance(value, str):
+        _fail(path, line, f"{field!r} is a {_json_type(value)}: it must be a string", "bad_row")
+    if not value.strip():
+        _fail(path, line, f"{field!r} is empty: fill it or remove the row", f"empty_{field}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        _fail(path, line, f"{field!r} has half of a surrogate pair: no tokenizer reads it, remove it", "bad_row")
+    return value
 
 
 def _json_type(value: Any) -> str:
