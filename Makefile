@@ -20,11 +20,11 @@ test-rust: tools
 	cargo test --workspace --quiet
 
 test-python: setup $(STAMPS)/minilm
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 prove: setup $(STAMPS)/minilm $(STAMPS)/smollm2 ## the longer proofs: many more cases, the real small models
 	PROPTEST_CASES=2000 cargo test --workspace --release --quiet
-	MOSES_PROVE=1 HYPOTHESIS_PROFILE=prove $(BIN)/python -m pytest -q -o timeout=1800
+	MOSES_PROVE=1 HYPOTHESIS_PROFILE=prove $(BIN)/python -m pytest -q -n 2 --dist loadfile -o timeout=1800
 
 demo: setup $(STAMPS)/smollm2 ## teach a real language model five real tasks (within ten minutes on two cores, set-up apart)
 	$(BIN)/moses train --model smollm2-135m-instruct --stream demo --method moses --out $(OUT) --resume \

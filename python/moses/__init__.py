@@ -17,10 +17,12 @@ from ._core import Mask, Registry
 from .errors import MosesError
 
 if TYPE_CHECKING:
-    from . import ops, routers
+    from . import growth, ops, routers
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
+    from .growth.live import grow, prune
+    from .growth.upcycle import upcycle
     from .moe import MoELayer
     from .plan import DispatchPlan, dispatch_plan
     from .stream import load_stream
@@ -36,12 +38,15 @@ _LAZY = {
     "attach": "attachment",
     "detach": "attachment",
     "dispatch_plan": "plan",
+    "grow": "growth.live",
     "load": "checkpoint",
     "load_stream": "stream",
+    "prune": "growth.live",
     "Run": "training",
     "train": "training",
+    "upcycle": "growth.upcycle",
 }
-_LAZY_MODULES = ("ops", "routers")
+_LAZY_MODULES = ("growth", "ops", "routers")
 
 __all__ = [
     "DispatchPlan",
@@ -55,11 +60,15 @@ __all__ = [
     "attach",
     "detach",
     "dispatch_plan",
+    "grow",
+    "growth",
     "load",
     "load_stream",
     "ops",
+    "prune",
     "routers",
     "train",
+    "upcycle",
 ]
 
 

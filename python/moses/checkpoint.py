@@ -19,6 +19,7 @@ from . import _core
 from .attached import MosesModel
 from .config import TrainConfig, from_settings, to_json
 from .errors import FormatError, ModelError, RunError
+from .growth.folder import is_model_folder, load_folder
 from .methods import Method, method_class
 from .models import fingerprint, fingerprint_of, kind_of, load_model
 from .run_config import ModelSource, RunConfig
@@ -28,10 +29,10 @@ from .targets import hidden_size
 
 
 def load(path: str | PathLike[str], model: nn.Module | str | None = None) -> Any:
-    """Load a run: the base model with every ended task of it attached.
+    """Load a run, the base model with every ended task of it attached; or the model in a folder that `moses.growth.save_model` wrote.
 
     Args:
-        path: a run folder.
+        path: a run folder, or a model's folder of moses's own kind.
         model: the base model, or where to load it from; None takes what the run names.
 
     Returns:
@@ -41,6 +42,8 @@ def load(path: str | PathLike[str], model: nn.Module | str | None = None) -> Any
         ModelError: the base model is not the one that the run was trained on.
         StoreError, FormatError: the folder is no run, or is damaged.
     """
+    if is_model_folder(path):
+        return load_folder(path)
     with _core.Store.open(path) as store:
         config = read_config(store)
         method, identifier = load_method(store, config, load_base(config, model))

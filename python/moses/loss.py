@@ -45,3 +45,16 @@ def z_loss(logits_TE: Tensor) -> Tensor:
 def normal_cdf(x: Tensor) -> Tensor:
     """Φ, the standard normal distribution function."""
     return 0.5 * (1.0 + torch.erf(x * 0.5**0.5))
+
+
+def distillation_loss(old_logits_NV: Tensor, new_logits_NV: Tensor) -> Tensor:
+    """Mean over N tokens of KL(old ‖ new) in nats, in float32 or wider; 0 for no tokens (Lifelong-MoE, arXiv 2305.12281, section 3.3).
+
+    Args:
+        old_logits_NV: (N, V) of the model before; no gradient flows to it.
+        new_logits_NV: (N, V) of the model in training.
+    """
+    dtype = torch.promote_types(new_logits_NV.dtype, torch.float32)
+    old = old_logits_NV.detach().to(dtype).log_softmax(-1)
+    new = new_logits_NV.to(dtype).log_softmax(-1)
+    return (old.exp() * (old - new)).sum() / max(new.shape[0], 1)

@@ -38,8 +38,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Kind]:
     """Load a model in evaluation mode, its tokenizer (which always has a pad token), and say its kind.
 
-    `name_or_path`: a folder that `from_pretrained` reads, a hub name (HF_HUB_OFFLINE is respected), or an alias: see
-    `ALIASES`. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16", "float16", or a torch dtype. `num_labels`: the
+    `name_or_path`: a folder that `from_pretrained` reads or that `moses.growth.save_model` wrote, a hub name
+    (HF_HUB_OFFLINE is respected), or an alias: see `ALIASES`. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16",
+    "float16", or a torch dtype. `num_labels`: the
     size of the head of a classifier, ignored by the other kinds; the head is new, and the same in every process.
     Raises ModelError, with the way to mend it, for anything that cannot be loaded whole.
     """
@@ -51,6 +52,10 @@ def load_model(
         raise ModelError(
             f"{name}: there is no such folder: give a folder that save_pretrained wrote", code="not_a_model"
         )
+    if (Path(source) / "moses_model.json").is_file():
+        from moses.growth.folder import load_with_tokenizer
+
+        return (*load_with_tokenizer(source, dtype), "causal")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source}: no config.json: give a folder that save_pretrained wrote", code="not_a_model")
 
@@ -58,17 +63,22 @@ def load_model(
 
     config = _from_pretrained(AutoConfig.from_pretrained, name, source)
     kind = kind_of(config)
-    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, name, source)
+    tokenizer = padded(name, _from_pretrained(AutoTokenizer.from_pretrained, name, source))
+    model = _load_weights(name, source, kind, dtype, num_labels)
+    if model.config.pad_token_id is None:  # a classifier on a decoder looks for the last token before the padding
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, kind
+
+
+def padded(name: str, tokenizer: Any) -> Any:
+    """The tokenizer, with the end token for padding where it has no other. Raises ModelError (`no_pad_token`) where it has neither."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 f"{name}: its tokenizer has neither a pad nor an end token: set pad_token", code="no_pad_token"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    model = _load_weights(name, source, kind, dtype, num_labels)
-    if model.config.pad_token_id is None:  # a classifier on a decoder looks for the last token before the padding
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer, kind
+    return tokenizer
 
 
 def kind_of(config: Any) -> Kind:
@@ -155,7 +165,7 @@ def _load_weights(name: str, source: str, kind: Kind, dtype: str | torch.dtype, 
 def _from_pretrained(load: Callable[..., Any], name: str, source: str, **options: Any) -> Any:
     # transformers raises almost any class here; each of them means that the model cannot be read
     try:
-        with _quiet():
+        with quiet():
             return load(source, **options)
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split()).rstrip(".:") or type(error).__name__
@@ -168,7 +178,7 @@ def _from_pretrained(load: Callable[..., Any], name: str, source: str, **options
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and its report that a new head is new."""
     from transformers.utils import logging as transformers_logging
 

@@ -30,6 +30,7 @@ Array = TypeVar("Array", bound="Tensor | np.ndarray[Any, Any]", default=Tensor)
 
 MAX_EXPERTS = 1 << 24  # the same cap as the core's: counts of that many experts are 128 MiB
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_ARRAY_DTYPES = frozenset(map(np.dtype, (np.int64, np.int32, np.int16, np.int8, np.uint8)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,17 +160,22 @@ torch.library.impl("moses::dispatch_plan", "CompositeExplicitAutograd")(dispatch
 def _plan_cpu(
     expert_ids: Tensor, num_experts: int, capacity: int | None, pad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, top_k = expert_ids.shape
-    pairs = tokens * top_k
-    rows = num_rows(pairs, num_experts, capacity, pad)
-    dtype = index_dtype(pairs, rows)
-    if dtype != torch.int32:
+    pairs = expert_ids.shape[0] * expert_ids.shape[1]
+    if index_dtype(pairs, num_rows(pairs, num_experts, capacity, pad)) != torch.int32:
         return dispatch_plan_reference(expert_ids, num_experts, capacity, pad)
-    order, inverse = empty((rows,), dtype), empty((pairs,), dtype)
+    return _planned(integers(expert_ids.contiguous()), num_experts, capacity, pad)
+
+
+def _planned(
+    expert_ids: Any, num_experts: int, capacity: int | None, pad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The plan of a contiguous array of ids of one of the core's dtypes, read where they are; fewer than 2^31 pairs and rows."""
+    pairs = expert_ids.shape[0] * expert_ids.shape[1]
+    order, inverse = (empty((size,), torch.int32) for size in (num_rows(pairs, num_experts, capacity, pad), pairs))
     offsets, counts = torch.empty(num_experts + 1, dtype=torch.int64), torch.empty(num_experts, dtype=torch.int64)
     _core.dispatch_plan(
-        integers(expert_ids.contiguous()),
-        top_k,
+        expert_ids,
+        expert_ids.shape[1],
         num_experts,
         capacity,
         pad,
@@ -244,9 +250,12 @@ def dispatch_plan(
     if isinstance(expert_ids, Tensor):
         arrays = torch.ops.moses.dispatch_plan(expert_ids, num_experts, capacity, pad)
     else:
-        ids = torch.from_numpy(expert_ids.astype(np.int64))
-        order, inverse, offsets, counts = torch.ops.moses.dispatch_plan(ids, num_experts, capacity, pad)
-        arrays = (order.numpy(), inverse.numpy(), offsets.numpy(), counts.numpy())
+        ids = np.ascontiguousarray(expert_ids, None if expert_ids.dtype in _ARRAY_DTYPES else np.int64)
+        if index_dtype(ids.size, num_rows(ids.size, num_experts, capacity, pad)) == torch.int32:
+            parts = _planned(ids, num_experts, capacity, pad)
+        else:
+            parts = torch.ops.moses.dispatch_plan(torch.from_numpy(ids.copy()), num_experts, capacity, pad)
+        arrays = tuple(part.numpy() for part in parts)  # type: ignore[assignment]
         for array in arrays:
             array.flags.writeable = False
     num_tokens, top_k = expert_ids.shape

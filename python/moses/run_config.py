@@ -70,7 +70,8 @@ class RunConfig:
                     code="unknown_version",
                 )
             # runs from before there was a choice
-            fields["method_config"].setdefault("head_norm", False)
+            if fields["method"] in ("moses", "sequential", "per-task"):
+                fields["method_config"].setdefault("head_norm", False)
             if fields["method"] == "moses":
                 fields["method_config"].setdefault("weight_dtype", "float32")
                 fields["method_config"].setdefault("ffn_experts", None)

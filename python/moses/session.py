@@ -25,7 +25,7 @@ from .config import TrainConfig, from_settings, to_json
 from .donors import DonorProbe
 from .errors import ModelError, RunError
 from .evaluate import Evaluator, prompts
-from .methods import Method
+from .methods import Method, method_class
 from .models import kind_of, load_model
 from .progress import Progress
 from .results import RunProgress, results_document, task_bytes
@@ -35,7 +35,6 @@ from .stream import Stream, load_stream
 from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features, prompt_views
 from .stream.prompt import Kind, label_names
 from .stream.task import Task
-from .targets import find_places
 
 
 @dataclass(frozen=True)
@@ -313,7 +312,7 @@ def start_session(
             "the model has sub-experts already; give the base model, or moses.detach it", code="already_attached"
         )
     # a wrong name is found before the folder is made
-    find_places(model, method_config.target_modules, getattr(method_config, "ffn_experts", None))
+    method_class(method).check_model(model, method_config)
     formats = {task.name: _format(task, tokenizer, kind, train_config) for task in stream.tasks}
     config = RunConfig(
         method=method,

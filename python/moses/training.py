@@ -21,7 +21,7 @@ from torch import nn
 
 from .config import TrainConfig, from_settings
 from .errors import ConfigError
-from .methods import method_class
+from .methods import Method, method_class
 from .progress import Progress
 from .run_files import TRAINER
 from .seeds import stable_seed
@@ -69,7 +69,7 @@ def train(
     Args:
         model: a path, hub name or alias (`moses.models.ALIASES`), or a model in memory with its `tokenizer`.
         stream: a `Stream`, a folder in TRACE's format, or a built-in name.
-        method: `moses`, `sequential` or `per-task`.
+        method: a name of `moses.methods.METHODS`.
         output_dir: the run folder; it must be absent or empty, but for `resume`.
         tasks: which tasks of the stream, in which order.
         resume: go on with a run that was interrupted; start it where there is none; end at once where it is finished.
@@ -153,7 +153,7 @@ def _run(session: Session) -> None:
 
 
 def _train_task(session: Session, index: int, task: Task) -> None:
-    from transformers import Trainer, set_seed
+    from transformers import set_seed
 
     method, config = session.method, session.train_config
     labels = session.formats[task.name].labels
@@ -176,9 +176,10 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     if cuts.cut:
         session.progress.say(f"{task.name}: {cuts}")
     similar = session.donor(rows) if method.reads_similar else None
+    method.see_task(rows)
     method.begin_task(task.name, task.domain, len(labels) if session.kind == "classifier" else None, similar)
     trainer_folder = session.path / TRAINER
-    trainer = Trainer(
+    trainer = _trainer_class(method)(
         model=method.model,
         args=_arguments(config, trainer_folder, seed),
         train_dataset=rows,
@@ -196,6 +197,26 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     method.end_task(task.name)
     session.commit_task(task.name, views, similar)
     shutil.rmtree(trainer_folder, ignore_errors=True)
+
+
+def _trainer_class(method: Method) -> Any:
+    """The Trainer, which adds the method's own loss to the task's."""
+    from transformers import Trainer
+
+    class MethodTrainer(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            with method.watch() as seen:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            extra = method.extra_loss(model, inputs, outputs, seen)
+            if extra is not None:
+                # the task's loss is a mean over the whole step where the model takes the number of its tokens, else the Trainer divides it
+                whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                loss = loss + (extra / self.current_gradient_accumulation_steps if whole else extra)
+            return (loss, outputs) if return_outputs else loss
+
+    return MethodTrainer
 
 
 def _arguments(config: TrainConfig, folder: Path, seed: int) -> Any:

@@ -95,7 +95,7 @@ def test_what_is_beside_an_experts_rows_never_reaches_it(dtype):
     """Products take more rows than an expert has: NaNs of the neighbours and of old memory must stay where they are."""
     x, into, out, offsets = case(dtype, loads=[18, 19, 33], extra=0, width=64, inner=1024)
     clean = grouped_ffn(x, into, out, offsets, "silu")
-    (clean_x, clean_into) = torch.autograd.grad(clean.sum(), (x, into))
+    clean_x, clean_into, clean_out = torch.autograd.grad(clean.sum(), (x, into, out))
     for bad in (0, 1, 2):
         rows = slice(int(offsets[bad]), int(offsets[bad + 1]))
         spoiled = x.detach().clone()
@@ -103,13 +103,13 @@ def test_what_is_beside_an_experts_rows_never_reaches_it(dtype):
         spoiled.requires_grad_()
         poison()
         y = grouped_ffn(spoiled, into, out, offsets, "silu")
-        grad_x, grad_into = torch.autograd.grad(y.sum(), (spoiled, into))
+        grad_x, grad_into, grad_out = torch.autograd.grad(y.sum(), (spoiled, into, out))
         kept = torch.ones(70, dtype=torch.bool)
         kept[rows] = False
         others = [expert for expert in range(3) if expert != bad]
         assert y[rows].isnan().all() and grad_into[bad].isnan().any()
         assert torch.equal(y[kept], clean[kept]) and torch.equal(grad_x[kept], clean_x[kept])
-        assert torch.equal(grad_into[others], clean_into[others])
+        assert torch.equal(grad_into[others], clean_into[others]) and torch.equal(grad_out[others], clean_out[others])
 
 
 @settings(max_examples=40, deadline=None)

@@ -25,6 +25,7 @@ LAYERS = (
     ("routes", "loss"),
     ("routers", "experts"),
     ("moe", "transformers"),
+    ("growth",),
     ("subexperts",),
     ("selection", "heads"),
     ("attached",),
@@ -39,7 +40,7 @@ LAYERS = (
 )
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
 # Calls that go up by design, inside a function: a method or a saved model starts a session of its own.
-UPWARDS = {("evaluate", "session"), ("attached", "checkpoint")}
+UPWARDS = {("evaluate", "session"), ("attached", "checkpoint"), ("models", "growth")}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if "data" not in path.relative_to(ROOT).parts[:-1])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moses
+from moses import _core
 from moses.errors import DispatchError
 from moses.plan import dispatch_plan_reference
 
@@ -42,12 +43,21 @@ def test_capacity_pads_every_expert_to_it():
     assert plan.num_dropped == 1
 
 
-def test_numpy_gives_read_only_numpy():
-    for dtype in (np.int64, np.int32, np.uint8, np.uint16):
-        plan = moses.dispatch_plan(IDS.numpy().astype(dtype), 4)
+def test_numpy_gives_read_only_numpy(monkeypatch):
+    seen = []
+    real = _core.dispatch_plan
+    monkeypatch.setattr(_core, "dispatch_plan", lambda ids, *rest: seen.append(ids) or real(ids, *rest))
+    for dtype in (np.int64, np.int32, np.uint8, np.uint16, ">i4"):
+        given = IDS.numpy().astype(dtype)
+        given.flags.writeable = False
+        plan = moses.dispatch_plan(given, 4)
         assert isinstance(plan.order, np.ndarray) and plan.order.tolist() == [1, 2, 6, 3, 0, 4, 5, 7]
+        assert (seen[-1] is given) == (dtype in (np.int64, np.int32, np.uint8))  # read where they are
         with pytest.raises(ValueError, match="read-only"):
             plan.order[0] = 3
+    assert (
+        moses.dispatch_plan(IDS.numpy()[::-1], 4).order.tolist() == moses.dispatch_plan(IDS.flip(0), 4).order.tolist()
+    )
 
 
 def test_every_integer_dtype_and_any_strides():

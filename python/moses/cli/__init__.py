@@ -14,7 +14,7 @@ from typing import cast
 
 import typer
 
-from moses.cli import reading, running
+from moses.cli import growing, reading, running
 from moses.cli.output import one_line
 from moses.errors import MosesError
 
@@ -38,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 running.register(app)
+growing.register(app)
 reading.register(app)
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 from .base import Method
+from .lifelong_moe import LifelongMoEMethod
 from .moses import MosesMethod
+from .pangu_sigma import PanguSigmaMethod
 from .per_task import PerTaskMethod
 from .sequential import SequentialMethod
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (MosesMethod, SequentialMethod, PerTaskMethod)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (MosesMethod, SequentialMethod, PerTaskMethod, LifelongMoEMethod, PanguSigmaMethod)
+}
 
 
 def method_class(name: str) -> type[Method]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from .. import _core
 from ..run_files import task_folder
+from ..targets import find_places
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -39,6 +41,15 @@ class Method(ABC):
     def __init__(self, model: nn.Module, config: Any) -> None:
         """Attach to `model`, in place."""
 
+    @classmethod
+    def check_model(cls, model: nn.Module, config: Any) -> None:
+        """Raise a `MosesError` where the method cannot be attached to `model`; asked before a run's folder is made."""
+        find_places(model, config.target_modules, getattr(config, "ffn_experts", None))
+
+    def see_task(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Look at the encoded training examples of the task that begins next."""
+        return
+
     @abstractmethod
     def begin_task(self, name: str, domain: str | None, num_labels: int | None, similar_to: str | None) -> None:
         """Make the parameters of a new task trainable, and the task active."""
@@ -62,6 +73,21 @@ class Method(ABC):
     def callbacks(self) -> list[TrainerCallback]:
         """Callbacks for the Trainer during the open task."""
         return []
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """What `extra_loss` wants to see of a training forward, as the value of a with block around it."""
+        return nullcontext()
+
+    def extra_loss(self, model: nn.Module, inputs: dict[str, Any], outputs: Any, seen: Any) -> Tensor | None:
+        """() loss besides the task's own, of one batch; None for none.
+
+        Args:
+            model: in training.
+            inputs: the batch.
+            outputs: of the model.
+            seen: what `watch` saw of the forward.
+        """
+        return None
 
     def rewritten(self, name: str) -> list[str]:
         """Earlier tasks whose tensors the end of task `name` changes."""
