@@ -14,7 +14,7 @@ from typing import cast
 
 import typer
 
-from moses.cli import reading, running
+from moses.cli import reading, running, surgery
 from moses.cli.output import one_line
 from moses.errors import MosesError
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 running.register(app)
 reading.register(app)
+surgery.register(app)
 
 
 def _show_version(wanted: bool) -> None:
