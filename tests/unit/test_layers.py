@@ -34,7 +34,7 @@ LAYERS = (
     ("run_config", "answers"),
     ("perplexity",),
     ("checkpoint", "results", "evaluate"),
-    ("donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
+    ("scratch", "donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
     ("session",),
     ("run_surgery", "training", "generate"),
     ("cli", "__main__"),
