@@ -1,4 +1,4 @@
-"""Evaluates every cell R[t][i] on its own, with the task given (TIL) and with the task inferred from each prompt (TaIL).
+"""Evaluates every cell R[t][i] on its own, with the task given (TIL) and with the task inferred from each prompt or text (TaIL).
 
 No cell is copied from another, not even where freezing makes two of them equal: that they are is what the matrix shows.
 """
@@ -16,6 +16,7 @@ from .answers import Answerer, TaskFormat
 from .attached import assigned
 from .methods import Method
 from .metrics import score
+from .perplexity import TextLoss, TextScorer, perplexity
 from .stream.identify import TaskIdentifier
 from .stream.task import Example, Stream, Task
 
@@ -54,7 +55,11 @@ class Evaluator:
             if task.name not in trained and self.answerer.kind == "classifier":
                 continue
             name = task.name if task.name in trained else (trained[-1] if trained else None)
-            row[column] = self._score(task, self._answers(name, task.name, prompts(self._test(task)), tick))
+            questions = prompts(self._test(task))
+            if task.is_text:
+                row[column] = perplexity(self._losses(name, task.name, questions, tick))
+            else:
+                row[column] = self._score(task, self._answers(name, task.name, questions, tick))
         return row
 
     def tail_row(
@@ -80,7 +85,10 @@ class Evaluator:
             inferred = self.infer(questions)
             for found in inferred:
                 confusion[column][position.get(found, len(self.stream.tasks))] += 1
-            row[column] = self._score(task, self.answer_inferred(questions, inferred, task.name, tick))
+            if task.is_text:
+                row[column] = perplexity(self._losses_inferred(questions, inferred, task.name, tick))
+            else:
+                row[column] = self._score(task, self.answer_inferred(questions, inferred, task.name, tick))
         return row, confusion
 
     def infer(self, questions: Sequence[str]) -> list[int]:
@@ -118,6 +126,24 @@ class Evaluator:
                 self.method.model, questions, self.formats[form], tick=lambda done: tick(form, done)
             )
 
+    def _losses(
+        self, name: str | None, form: str, texts: Sequence[str], tick: Callable[[str, int], None]
+    ) -> list[TextLoss]:
+        scorer = TextScorer(self.answerer.tokenizer, self.answerer.config)
+        with self.method.answer(name):
+            return scorer.losses(self.method.model, texts, tick=lambda done: tick(form, done))
+
+    def _losses_inferred(
+        self, texts: Sequence[str], inferred: Sequence[int], form: str, tick: Callable[[str, int], None]
+    ) -> list[TextLoss]:
+        """Each text's loss by the parameters of the task it was taken for, grouped by task; the base model's for the unknown."""
+        names = {info.id: info.name for info in self.method.registry.tasks()}
+        losses = []
+        for found in sorted(set(inferred)):
+            group = [text for text, task in zip(texts, inferred, strict=True) if task == found]
+            losses += self._losses(names.get(found), form, group, tick)
+        return losses
+
     def _score(self, task: Task, answers: list[str]) -> float:
         examples = self._test(task)
         return score(task.metric, answers, [example.answer for example in examples], prompts(examples))
@@ -127,8 +153,8 @@ class Evaluator:
 
 
 def prompts(examples: Sequence[Example]) -> list[str]:
-    """The prompts alone."""
-    return [example.prompt for example in examples]
+    """The prompts alone; of texts to model, the texts."""
+    return [example.shown for example in examples]
 
 
 def evaluate_run(

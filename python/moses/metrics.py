@@ -71,7 +71,9 @@ def _is_around(character: str) -> bool:
     return character == "`" or (character not in _MEANINGFUL and unicodedata.category(character) in _AROUND)
 
 
-def transfer_metrics(matrix: Matrix, base: Sequence[float | None]) -> dict[str, float | None]:
+def transfer_metrics(
+    matrix: Matrix, base: Sequence[float | None], lower_is_better: bool = False
+) -> dict[str, float | None]:
     """The measures op, avg, bwt, fwt and forgetting of T tasks, in the unit of the scores.
 
     `matrix[t][i]`: score on task i after training task t, both from 0 (T rows of T). `base[i]`: the untrained model's
@@ -81,6 +83,9 @@ def transfer_metrics(matrix: Matrix, base: Sequence[float | None]) -> dict[str, 
         bwt = (1/(T-1)) sum_{i<T} (R[T][i] - R[i][i])     fwt = (1/(T-1)) sum_{i>=2} (R[i-1][i] - R[0][i])
         forgetting = (1/(T-1)) sum_{i<T} (max_{t>=i} R[t][i] - R[T][i]): a task can be forgotten once it was learned
     (bwt, fwt: Lopez-Paz and Ranzato 2017; forgetting: Chaudhry et al. 2018.)
+
+    Where a lower score is better (perplexity), bwt and fwt stay the same differences, so that a positive one is a loss; forgetting is
+    R[T][i] - min_{t>=i} R[t][i], which is never negative and a loss in both cases.
 
     A measure that needs a cell that is None (a task whose head is not there yet) is None, and so are the last three
     where T = 1. Raises RunError for a matrix that is not T by T.
@@ -95,7 +100,7 @@ def transfer_metrics(matrix: Matrix, base: Sequence[float | None]) -> dict[str, 
         "avg": _mean([_mean(row[: t + 1]) for t, row in enumerate(matrix)]),
         "bwt": _mean([_difference(last[i], matrix[i][i]) for i in learned]),
         "fwt": _mean([_difference(matrix[i - 1][i], base[i]) for i in range(1, size)]),
-        "forgetting": _mean([_difference(_maximum([row[i] for row in matrix[i:]]), last[i]) for i in learned]),
+        "forgetting": _mean([_lost([row[i] for row in matrix[i:]], lower_is_better) for i in learned]),
     }
 
 
@@ -104,8 +109,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _maximum(values: Sequence[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
+def _lost(column: Sequence[float | None], lower_is_better: bool) -> float | None:
+    """How far the last score of a task is from the best since it was learned."""
+    known = [value for value in column if value is not None]
+    if column[-1] is None:
+        return None
+    return column[-1] - min(known) if lower_is_better else max(known) - column[-1]
 
 
 def _difference(left: float | None, right: float | None) -> float | None:

@@ -16,7 +16,7 @@ from .errors import FormatError
 from .metrics import transfer_metrics
 from .run_config import RunConfig
 from .run_files import PROGRESS
-from .stream.task import Stream
+from .stream.task import LOWER_IS_BETTER, Stream
 
 Row = list[float | None]
 METRICS = ("op", "avg", "bwt", "fwt", "forgetting")
@@ -65,17 +65,21 @@ class RunProgress:
 
 def results_document(config: RunConfig, stream: Stream, done: RunProgress, registry: _core.Registry) -> dict[str, Any]:
     """The content of results.json (design section 5); a mode that was not evaluated is null."""
+    lower_is_better = all(task.metric in LOWER_IS_BETTER for task in stream.tasks)
     document: dict[str, Any] = {
         "method": config.method,
         "tasks": [task.name for task in stream.tasks],
         "task_metrics": {task.name: task.metric for task in stream.tasks},
+        "lower_is_better": lower_is_better,
         "base": done.base,
     }
     for mode in ("til", "tail"):
         matrix = [row[mode] for row in done.rows if row[mode] is not None]
         complete = len(matrix) == len(stream.tasks)
         metrics = (
-            transfer_metrics(matrix, done.base or [None] * len(stream.tasks)) if complete else dict.fromkeys(METRICS)
+            transfer_metrics(matrix, done.base or [None] * len(stream.tasks), lower_is_better)
+            if complete
+            else dict.fromkeys(METRICS)
         )
         document[mode] = {"matrix": matrix, "metrics": metrics} if matrix else None
         if done.online and matrix:  # there is one row, after the whole stream

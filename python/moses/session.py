@@ -24,7 +24,7 @@ from .budget import Budget, store_sizes, used_bytes
 from .checkpoint import is_run, load_base, load_method, model_source, read_config, task_files
 from .config import TrainConfig, from_settings, to_json
 from .donors import DonorProbe
-from .errors import ModelError, RunError
+from .errors import ModelError, RunError, StreamError
 from .evaluate import Evaluator, prompts
 from .methods import Method, method_class
 from .models import kind_of, load_model
@@ -38,6 +38,8 @@ from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features, 
 from .stream.prompt import Kind, label_names
 from .stream.task import Task
 from .targets import hidden_size
+
+_TEXT_TOKENS = 64  # of an answer by `generate` where tasks have no answers
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,8 @@ class Session:
 
     def commit_task(self, name: str, views: Views, similar: str | None) -> None:
         """Write an ended task: its tensors, the registry and the identifier's state, in one commit."""
-        before = self.store.files()[REGISTRY].bytes if REGISTRY in self.store.files() else 0
+        held = self.store.files()
+        before = held[REGISTRY].bytes if REGISTRY in held else 0
         self.identifier.add_task(self.method.registry.task(name).id, views.features, views.prompt_ids)
         put = {REGISTRY: self.method.registry.to_bytes()}
         for other in self.method.rewritten(name):
@@ -223,16 +226,19 @@ class Session:
         for other in self._shrunk:
             put |= task_files(self.method, self.identifier, other)
         if self.budget is not None:
-            sizes = store_sizes(self.store)
-            self.budget.fit(name, put, sizes)
+            present = store_sizes(self.store)
+            self.budget.fit(name, put, present)
             self.done.given_up += self.budget.given_up
-            self.done.budget_used.append(used_bytes(sizes | {file: len(data) for file, data in put.items()}))
+            self.done.budget_used.append(used_bytes(present | {file: len(data) for file, data in put.items()}))
             self.budget.given_up, self._shrunk = [], []
             files = {file: put[file] for file in files}
+        # what an earlier task's file gives up is there once, not twice
+        freed = sum(held[file].bytes - len(data) for file, data in put.items() if file != REGISTRY and file in held)
+        sizes = task_bytes(files, len(put[REGISTRY]) - before)
         self.done.capacity.append(
             {
                 "task": name,
-                "bytes": task_bytes(files, len(put[REGISTRY]) - before),
+                "bytes": sizes | {"weights": max(0, sizes["weights"] - freed)},
                 "bank_fraction": self.method.registry.bank_fraction() if self.method.registry.layers() else None,
             }
         )
@@ -362,7 +368,8 @@ def start_session(
         raise ModelError(
             "the model has sub-experts already; give the base model, or moses.detach it", code="already_attached"
         )
-    # a wrong name is found before the folder is made
+    # a wrong name, and a stream that the model cannot learn, is found before the folder is made
+    _check_texts(stream, kind)
     method_class(method).check_model(model, method_config)
     formats = {task.name: _format(task, tokenizer, kind, train_config) for task in stream.tasks}
     config = RunConfig(
@@ -487,10 +494,25 @@ def _session(
 def _format(task: Task, tokenizer: Any, kind: Kind, config: TrainConfig) -> TaskFormat:
     if kind == "classifier":
         return TaskFormat(1, tuple(label_names(task.train)))
-    if config.max_new_tokens is not None:
-        return TaskFormat(config.max_new_tokens, ())
+    if config.max_new_tokens is not None or task.is_text:
+        return TaskFormat(config.max_new_tokens or _TEXT_TOKENS, ())
     longest = max(len(tokenizer(example.answer, add_special_tokens=False)["input_ids"]) for example in task.train)
     return TaskFormat(longest + 4, ())
+
+
+def _check_texts(stream: Stream, kind: Kind) -> None:
+    texts = [task.name for task in stream.tasks if task.is_text]
+    if texts and len(texts) < len(stream.tasks):
+        other = next(task.name for task in stream.tasks if not task.is_text)
+        raise StreamError(
+            f"task {texts[0]!r} is scored by perplexity and {other!r} by answers, which have no mean: choose by --tasks",
+            code="mixed_metrics",
+        )
+    if texts and kind != "causal":
+        raise ModelError(
+            f"task {texts[0]!r} has texts to model, and the model is a {kind}: give a causal language model",
+            code="not_causal",
+        )
 
 
 def _place(name: str) -> str:

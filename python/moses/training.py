@@ -32,6 +32,7 @@ from .stream import Stream, load_stream
 from .stream.identify import IdentifierConfig
 from .stream.prompt import Collator, Cuts, encode_train
 from .stream.task import Task
+from .stream.text import packed
 
 
 @dataclass(frozen=True)
@@ -184,25 +185,44 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     seed = stable_seed(config.seed, "task", index) % 2**32
     set_seed(seed)
     views = session.views_of(task)
-    cuts = Cuts()
-    rows = [
-        encode_train(
-            session.tokenizer,
-            example,
-            config.max_length,
-            session.kind,
-            labels=labels,
-            template=config.template,
-            cuts=cuts,
-        )
-        for example in task.train
-    ]
-    if cuts.cut:
-        session.progress.say(f"{task.name}: {cuts}")
+    rows = _rows(session, session.method.trains_on(session.stream, index))
     similar = session.donor(rows) if method.reads_similar else None
     method.see_task(rows)
     session.make_room(task.name)
     method.begin_task(task.name, task.domain, len(labels) if session.kind == "classifier" else None, similar)
+    if rows:
+        _fit(session, index, task, rows, seed)
+    method.end_task(task.name)
+    session.commit_task(task.name, views, similar)
+
+
+def _rows(session: Session, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """The encoded training examples of these tasks."""
+    config, rows = session.train_config, []
+    for task in tasks:
+        if task.is_text:
+            rows += packed(session.tokenizer, [example.answer for example in task.train], config.max_length)
+            continue
+        cuts = Cuts()
+        rows += [
+            encode_train(
+                session.tokenizer,
+                example,
+                config.max_length,
+                session.kind,
+                labels=session.formats[task.name].labels,
+                template=config.template,
+                cuts=cuts,
+            )
+            for example in task.train
+        ]
+        if cuts.cut:
+            session.progress.say(f"{task.name}: {cuts}")
+    return rows
+
+
+def _fit(session: Session, index: int, task: Task, rows: list[dict[str, Any]], seed: int) -> None:
+    method, config = session.method, session.train_config
     trainer_folder = session.path / TRAINER
     trainer = _trainer_class(method)(
         model=method.model,
@@ -219,8 +239,6 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     # Accelerate's mixed precision patches the model's forward; the model goes back to what it was.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
-    method.end_task(task.name)
-    session.commit_task(task.name, views, similar)
     shutil.rmtree(trainer_folder, ignore_errors=True)
 
 

@@ -37,6 +37,20 @@ def train(
     )
 
 
+def write_from_scratch(
+    config: str, stream: str, out: Path, tasks: Sequence[str] | None, tokenizer: str | None, seed: int
+) -> str:
+    """The folder `OUT-base` with a model of random weights, written unless it is there: a run that is resumed begins from the same."""
+    from moses.scratch import write_from_scratch as write
+    from moses.stream import load_stream
+
+    folder = out.with_name(f"{out.name}-base")
+    if not folder.is_dir():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write(config, load_stream(stream, tasks), folder, tokenizer=tokenizer, seed=seed)
+    return str(folder)
+
+
 def evaluate(run: Path, mode: str) -> dict[str, Any]:
     """Evaluate all ended tasks of a run again: {"method", "tasks", "til": {"row", "op"}, "tail": {.., "confusion"}}."""
     from moses.evaluate import evaluate_run

@@ -47,8 +47,21 @@ def train(
         str, typer.Option("--stream", metavar="S", help="A stream: a folder in TRACE's format, or a built-in stream.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to write.")],
-    method: Annotated[str, typer.Option("--method", help="How to learn: moses, sequential, per-task.")] = "moses",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="How to learn: moses, sequential, per-task, finetune, joint, lifelong-moe, pangu-sigma."
+        ),
+    ] = "moses",
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B,C", help="Which tasks, in which order.")] = None,
+    from_scratch: Annotated[
+        bool,
+        typer.Option("--from-scratch", help="M is a JSON file that describes a model: begin from random weights."),
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="T", help="With --from-scratch: a tokenizer, instead of training one."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random number.")] = 0,
     boundaries: Annotated[
@@ -65,6 +78,10 @@ def train(
     """Learn a stream of tasks, one after the other."""
     names = None if tasks is None else parse_tasks(tasks)
     values = parse_settings(settings or [])
+    if tokenizer is not None and not from_scratch:
+        raise ConfigError("--tokenizer goes with --from-scratch; a model has its own", code="bad_tokenizer")
+    if from_scratch:
+        model = calls.write_from_scratch(model, stream, out, names, tokenizer, seed)
     calls.train(
         model=model,
         stream=stream,
@@ -168,7 +185,8 @@ def _print_results(run: Path) -> None:
         rows += [
             [f"after {task}", *map(format_score, row)] for task, row in zip(results.tasks, mode.matrix, strict=False)
         ]
-        print_table(f"{name}, score by task", ["", *results.tasks], rows)
+        what = results.score_name if results.lower_is_better else "score"
+        print_table(f"{name}, {what} by task", ["", *results.tasks], rows)
     measures = [
         (key.upper(), ", ".join(f"{format_score(mode.metrics.get(key))} ({name})" for name, mode in modes))
         for key in ("op", "bwt", "fwt")

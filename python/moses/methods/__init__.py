@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 from .base import Method
+from .finetune import FinetuneMethod, JointMethod
 from .lifelong_moe import LifelongMoEMethod
 from .moses import MosesMethod
 from .pangu_sigma import PanguSigmaMethod
@@ -12,7 +13,15 @@ from .sequential import SequentialMethod
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (MosesMethod, SequentialMethod, PerTaskMethod, LifelongMoEMethod, PanguSigmaMethod)
+    for method in (
+        MosesMethod,
+        SequentialMethod,
+        PerTaskMethod,
+        FinetuneMethod,
+        JointMethod,
+        LifelongMoEMethod,
+        PanguSigmaMethod,
+    )
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _core
 from ..errors import ConfigError
 from ..run_files import task_folder
+from ..stream.task import Stream, Task
 from ..targets import find_places
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Method(ABC):
     def check_model(cls, model: nn.Module, config: Any) -> None:
         """Raise a `MosesError` where the method cannot be attached to `model`; asked before a run's folder is made."""
         find_places(model, config.target_modules, getattr(config, "ffn_experts", None))
+
+    def trains_on(self, stream: Stream, index: int) -> Sequence[Task]:
+        """The tasks of the stream whose examples are learned at place `index`; none for a place where nothing is trained."""
+        return (stream.tasks[index],)
 
     def see_task(self, rows: Sequence[dict[str, Any]]) -> None:
         """Look at the encoded training examples of the task that begins next."""

@@ -45,11 +45,14 @@ def score_curves(results: Results) -> bytes:
             for name, mode, look in modes:
                 points = _points(results.base, mode, at)
                 (handles[name],) = panel.plot(*points, **look)
-        panels.flat[0].set_ylim(0, min(max(panels.flat[0].get_ylim()[1], 1.0), 103))
+        if results.lower_is_better:
+            panels.flat[0].set_yscale("log")
+        else:
+            panels.flat[0].set_ylim(0, min(max(panels.flat[0].get_ylim()[1], 1.0), 103))
         panels.flat[0].set_xlim(-0.3, len(results.tasks) + 0.3)
         panels.flat[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         figure.supxlabel("tasks trained (0: the base model)", fontsize=9)
-        figure.supylabel("score", fontsize=9)
+        figure.supylabel("perplexity (lower is better)" if results.lower_is_better else "score", fontsize=9)
         figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=3, frameon=False, fontsize=8.5)
         return png_bytes(figure)
 

@@ -34,9 +34,20 @@ def transfer_matrix(results: Results, mode: Mode, title: str) -> bytes:
     framed = {(first + at, at) for at in range(len(mode.matrix))}
     texts = [[None if score is None else f"{score:.1f}" for score in row] for row in rows]
     values = [[None if score is None else score / 100 for score in row] for row in rows]
+    if results.lower_is_better:
+        values = _depths(rows)
     return _heat_map(
         values, texts, names, [label(task) for task in results.tasks], title, framed, gap_after_first=first == 1
     )
+
+
+def _depths(rows: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
+    """Perplexities as colours from 0 (the worst of the matrix) to 1 (the best), by their logarithms."""
+    logs = [[None if score is None else math.log(max(score, 1e-9)) for score in row] for row in rows]
+    known = [value for row in logs for value in row if value is not None]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    width = (high - low) or 1.0
+    return [[None if value is None else (high - value) / width for value in row] for row in logs]
 
 
 def overlap_map(tasks: Sequence[str], overlap: Sequence[Sequence[int]]) -> bytes:

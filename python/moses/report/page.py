@@ -20,8 +20,9 @@ _MEASURES = {
     "avg": ("Avg", "mean over time of the mean score over the tasks learned so far"),
     "bwt": ("BWT", "what later tasks did to earlier ones; 0 is no forgetting"),
     "fwt": ("FWT", "what earlier tasks did for later ones, before these were trained"),
-    "forgetting": ("Forgetting", "the best score that each task ever had, less its last"),
+    "forgetting": ("Forgetting", "how much worse than the best score that each task ever had its last is"),
 }
+_SIGNS = {"bwt": "; above 0 is worse", "fwt": "; below 0 is better"}  # where a lower score is better
 
 
 Cells = Set[tuple[int, int]]
@@ -72,14 +73,17 @@ def _summary(results: Results) -> str:
     cards = "".join(f"<li><b>{_text(value)}</b><span>{_text(title)}</span></li>" for title, value in tiles)
     modes = [(short, mode) for short, mode in (("TIL", til), ("TaIL", tail)) if mode is not None]
     measures = [
-        [f"{title}: {what}", *(format_score(mode.metrics.get(key)) for _, mode in modes)]
+        [
+            f"{title}: {what}{_SIGNS.get(key, '') if results.lower_is_better else ''}",
+            *(format_score(mode.metrics.get(key)) for _, mode in modes),
+        ]
         for key, (title, what) in _MEASURES.items()
     ]
     model = results.config.get("model")
     path = model.get("source") if isinstance(model, dict) else None
     of_model = f" · model <bdi>{_text(path)}</bdi>" if path is not None else ""
     line = (
-        f'<p class="quiet">method <bdi>{_text(results.method)}</bdi>{of_model} · {state} · scores from 0 to 100</p>\n'
+        f'<p class="quiet">method <bdi>{_text(results.method)}</bdi>{of_model} · {state} · {results.score_name}</p>\n'
     )
     return f'{line}<ul class="tiles">{cards}</ul>\n' + _table(["measure", *(short for short, _ in modes)], measures)
 

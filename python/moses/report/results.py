@@ -50,7 +50,7 @@ class Results:
     """A run's results.
 
     `base[i]` is R[0][i]; `expert_use[task][router]` the share of tokens that each expert got; `similar[task]` the task
-    that it started from; `task_metrics[task]` what its score is.
+    that it started from; `task_metrics[task]` what its score is; `lower_is_better` whether scores fall as a model learns.
     """
 
     path: Path
@@ -67,6 +67,12 @@ class Results:
     seconds: Mapping[str, float]
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
+    lower_is_better: bool = False
+
+    @property
+    def score_name(self) -> str:
+        """What a score of the run is, in words."""
+        return "perplexity, lower is better" if self.lower_is_better else "scores from 0 to 100"
 
 
 def read_results(run: str | Path) -> Results:
@@ -110,6 +116,7 @@ def _results(root: _Field) -> Results:
         seconds=root.maybe("seconds", _seconds) or {},
         config=root.maybe("config", _Field.mapping) or {},
         environment=root.maybe("environment", _Field.mapping) or {},
+        lower_is_better=root.maybe("lower_is_better", _Field.flag) or False,
     )
 
 
@@ -201,6 +208,11 @@ class _Field:
     def count(self) -> int:
         if isinstance(self.value, bool) or not isinstance(self.value, int) or not 0 <= self.value < 1 << 63:
             raise self.wrong("is not a count")
+        return self.value
+
+    def flag(self) -> bool:
+        if not isinstance(self.value, bool):
+            raise self.wrong("is not true or false")
         return self.value
 
     def _number(self) -> float:
