@@ -28,11 +28,13 @@ TRAINING = {
     "eval_batch_size": 64,
     "eval_rows": "final",
 }
+MOSES = {"learning_rate": 3e-3, "density": 0.15, "candidates": 12}
 # name: (method, rank as the table says it, settings beyond TRAINING)
 VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "moses": ("moses", 8, {}),
-    "moses-no-reuse": ("moses", 8, {"reuse": "none"}),
-    "moses-adapter": ("moses", 8, {"ffn_experts": "adapter"}),
+    "moses": ("moses", 8, MOSES),
+    "moses-small": ("moses", 8, {}),
+    "moses-no-reuse": ("moses", 8, MOSES | {"reuse": "none"}),
+    "moses-adapter": ("moses", 8, MOSES | {"ffn_experts": "adapter"}),
     "per-task-lora-1": ("per-task", 1, {"rank": 1}),
     "per-task-lora-2": ("per-task", 2, {"rank": 2}),
     "per-task-lora-4": ("per-task", 4, {"rank": 4}),

@@ -77,6 +77,59 @@ def make_tiny_model(family: str, seed: int = 0, vocab_size: int = 97, positions:
         return kinds.get(family, hf.AutoModelForCausalLM).from_config(config).eval()
 
 
+def make_tiny_mixture(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random mixture of a class of transformers: 2 blocks, width 32, 8 experts, top 2 (DeepSeek-V3's first block dense); config's `changes`."""
+    import torch
+    import transformers as hf
+
+    wide = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_experts_per_tok": 2,
+    }
+    latent = {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 24,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    narrow = {"num_experts": 8, "moe_intermediate_size": 24}
+    makers: dict[str, tuple[Any, dict[str, Any]]] = {
+        "mixtral": (hf.MixtralConfig, {"num_local_experts": 8}),
+        "qwen2_moe": (hf.Qwen2MoeConfig, narrow | {"shared_expert_intermediate_size": 16}),
+        "qwen3_moe": (hf.Qwen3MoeConfig, narrow | {"head_dim": 8}),
+        "olmoe": (hf.OlmoeConfig, {"num_experts": 8}),
+        "flex_olmo": (hf.FlexOlmoConfig, {"num_experts": 8}),
+        "deepseek_v2": (hf.DeepseekV2Config, latent),
+        "deepseek_v3": (hf.DeepseekV3Config, latent | {"first_k_dense_replace": 1}),
+        "gpt_oss": (hf.GptOssConfig, {"num_local_experts": 8, "head_dim": 8, "rope_parameters": rope}),
+    }
+    kind, own = makers[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return hf.AutoModelForCausalLM.from_config(kind(**{**wide, **own, **changes})).eval()
+
+
+@pytest.fixture
+def tiny_mixture() -> Callable[..., Any]:
+    """Makes tiny random mixtures of transformers: `tiny_mixture("mixtral")`."""
+    return make_tiny_mixture
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
     """Makes tiny random models: `tiny_model("llama")`."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
+    from .growth.extract import extract
     from .growth.live import grow, prune
     from .growth.upcycle import upcycle
     from .moe import MoELayer
@@ -38,6 +39,7 @@ _LAZY = {
     "attach": "attachment",
     "detach": "attachment",
     "dispatch_plan": "plan",
+    "extract": "growth.extract",
     "grow": "growth.live",
     "load": "checkpoint",
     "load_stream": "stream",
@@ -60,6 +62,7 @@ __all__ = [
     "attach",
     "detach",
     "dispatch_plan",
+    "extract",
     "grow",
     "growth",
     "load",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 
 from moses.errors import SurgeryError
@@ -12,44 +11,7 @@ from moses.growth.blocks import moe_blocks, parameter
 from moses.growth.ffns import dense_ffns
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gpt2", "phi")
-WIDE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_experts_per_tok": 2,
-}
-LATENT = {
-    "n_routed_experts": 8,
-    "moe_intermediate_size": 24,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_group": 2,
-    "topk_group": 1,
-}
-MIXTURES = {
-    "mixtral": lambda: hf.MixtralConfig(**WIDE, num_local_experts=8),
-    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
-        **WIDE, num_experts=8, moe_intermediate_size=24, shared_expert_intermediate_size=16
-    ),
-    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**WIDE, num_experts=8, moe_intermediate_size=24, head_dim=8),
-    "olmoe": lambda: hf.OlmoeConfig(**WIDE, num_experts=8),
-    "flex_olmo": lambda: hf.FlexOlmoConfig(**WIDE, num_experts=8),
-    "deepseek_v2": lambda: hf.DeepseekV2Config(**WIDE, **LATENT),
-    "deepseek_v3": lambda: hf.DeepseekV3Config(**WIDE, **LATENT, first_k_dense_replace=1),
-    "gpt_oss": lambda: hf.GptOssConfig(
-        **WIDE, num_local_experts=8, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
-    ),
-}
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "deepseek_v2", "deepseek_v3", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -73,8 +35,8 @@ def test_load_is_the_inverse_of_reading(tiny_model, family):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_mixtures_name_tensors_with_experts_first(family):
-    model = hf.AutoModelForCausalLM.from_config(MIXTURES[family]())
+def test_mixtures_name_tensors_with_experts_first(tiny_mixture, family):
+    model = tiny_mixture(family)
     found = moe_blocks(model)
     assert [block.index for block in found] == ([1] if family == "deepseek_v3" else [0, 1])
     state = model.state_dict()
@@ -88,8 +50,8 @@ def test_mixtures_name_tensors_with_experts_first(family):
     assert (found[0].selection_bias is not None) == (family == "deepseek_v3")
 
 
-def test_shared_experts_are_no_dense_ffns():
-    model = hf.AutoModelForCausalLM.from_config(MIXTURES["deepseek_v3"]())
+def test_shared_experts_are_no_dense_ffns(tiny_mixture):
+    model = tiny_mixture("deepseek_v3")
     assert [ffn.path for ffn in dense_ffns(model)] == ["model.layers.0.mlp"]
 
 
@@ -105,7 +67,7 @@ class Odd(nn.Module):
         return self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).square())
 
 
-def test_what_cannot_be_upcycled_is_refused(tiny_model):
+def test_what_cannot_be_upcycled_is_refused(tiny_model, tiny_mixture):
     for family in ("bert", "t5"):
         with pytest.raises(SurgeryError) as error:
             dense_ffns(tiny_model(family))
@@ -119,7 +81,7 @@ def test_what_cannot_be_upcycled_is_refused(tiny_model):
     with pytest.raises(SurgeryError, match="has the activation Softsign"):
         dense_ffns(model)
     with pytest.raises(SurgeryError, match="mixtures of experts"):
-        dense_ffns(hf.AutoModelForCausalLM.from_config(MIXTURES["mixtral"]()))
+        dense_ffns(tiny_mixture("mixtral"))
 
 
 def test_a_mixture_of_unknown_form_is_refused(tiny_model):

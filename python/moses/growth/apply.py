@@ -86,6 +86,13 @@ def _numbers(found: dict[str, Mixture], plan: SurgeryPlan) -> dict[str, tuple[in
                 f"{block}: {num_experts} experts would be left and a token uses {top_k}; keep more, or lower top-k",
                 code="top_k_too_large",
             )
+        groups, asked = mixture.groups
+        if num_experts % groups or top_k > asked * (num_experts // groups) or (groups > 1 and num_experts < 2 * groups):
+            raise SurgeryError(
+                f"{block}: {num_experts} experts would not make {groups} equal groups of two or more, {asked} of which a token may use; keep or "
+                f"add a multiple of {groups}",
+                code="uneven_groups",
+            )
         after[block] = num_experts, top_k
     counts = {after[block][0] for block, mixture in found.items() if mixture.uniform}
     if len(counts) > 1:

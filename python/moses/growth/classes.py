@@ -181,7 +181,7 @@ def carry(config: Any, model_type: str, extra: Mapping[str, Any], neutral: Neutr
     known = {part.name for part in dataclasses.fields(target)}
     given = {}
     for name, value in config.to_dict().items():
-        if name in _METADATA or name in extra:
+        if name in _METADATA or name in extra or (name == "head_dim" and value is None):
             continue
         if name in neutral:
             if not neutral[name](value):

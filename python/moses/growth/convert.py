@@ -36,7 +36,8 @@ def upcycle_to_folder(
         say: takes a line of progress.
 
     Returns:
-        `difference` (the largest of the logits on a few tokens, in parts of the largest logit; None with noise), `model_type` (of transformers, or `moses`), `why_moses`, `blocks`, `experts`, `top_k`, `parameters` and `parameters_before`, `path`.
+        `difference` (the largest of the logits on a few tokens, in parts of the largest logit; None with noise),
+        `model_type` (of transformers, or `moses`), `why_moses`, `blocks`, `experts`, `top_k`, `parameters` and `parameters_before`, `path`.
 
     Raises:
         MosesError: as `upcycle`, `load_model` and `save_model`.

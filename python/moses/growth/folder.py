@@ -101,12 +101,15 @@ def _document(model: Any, places: list[dict[str, Any]]) -> dict[str, Any]:
     """The description, checked: the model that it makes has the tensors of this one."""
     from .layout import own_names
 
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # where it was loaded from says nothing to others
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "architecture": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "dtype": config["dtype"],
+        "config": config,
         "layout": places,
     }
     mine = {name: tuple(tensor.shape) for name, tensor in own_names(model).items()}
@@ -250,11 +253,12 @@ def _skeleton(document: dict[str, Any], device: str) -> Any:
     try:
         fields = dict(document["config"])
         config = CONFIG_MAPPING[str(fields.get("model_type"))].from_dict(fields)
-        kind: Any = getattr(transformers, document["architecture"], None)
+        kind = getattr(transformers, document["architecture"], None)
         if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
             raise FormatError(f"{DESCRIPTION}: no model class {document['architecture']!r}", code="damaged_layout")
+        make: Any = kind
         with torch.device(device), no_init_weights():
-            model: Any = kind._from_config(config, dtype=getattr(torch, document["dtype"]))
+            model = make._from_config(config, dtype=getattr(torch, document["dtype"]))
             model.tie_weights()  # which no_init_weights leaves out
             arrange(model, document["layout"])
     except FormatError:

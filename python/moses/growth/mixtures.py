@@ -68,6 +68,16 @@ class Mixture:
         """Whether the class has one number of experts for all layers."""
         return not isinstance(self.module, (GrowingLayer, MoELayer))
 
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Into how many equal groups the gate puts its experts, and how many of these a token may use (DeepSeek-V3); (1, 1) without groups."""
+        router = next((getattr(self.module, name) for name in ("gate", "router") if hasattr(self.module, name)), None)
+        for owner in (self.module, router):
+            for number, asked in (("n_group", "topk_group"), ("num_group", "topk_group"), ("num_groups", "top_groups")):
+                if isinstance(getattr(owner, number, None), int) and isinstance(getattr(owner, asked, None), int):
+                    return getattr(owner, number), getattr(owner, asked)
+        return 1, 1
+
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The experts' own tensors, with the experts on axis 0; detached."""
         if isinstance(self.module, GrowingLayer):

@@ -23,6 +23,7 @@ from .blocks import moe_blocks, parameter
 from .classes import build, moe_config
 from .ffns import DenseFFN, dense_ffns
 from .layer import MixtureFFN
+from .slots import slot_rows
 
 # softmax over the k alone: their sum is 1 for k = 1 too
 ROUTERS: dict[str, Callable[[int, int, int], nn.Module]] = {
@@ -182,14 +183,11 @@ def expert_tensors(ffn: DenseFFN, plan: SurgeryPlan, reinit: float = 0.0) -> dic
     slots = plan[ffn.block].slots
     sources = {"into": ffn.into, "out": ffn.out, "into_bias": ffn.into_bias, "out_bias": ffn.out_bias}
     fused = {
-        name: value[None].repeat(len(slots), *[1] * value.ndim) for name, value in sources.items() if value is not None
+        name: slot_rows(value[None], slots, plan.seed, ffn.block, name)
+        for name, value in sources.items()
+        if value is not None
     }
     for expert, slot in enumerate(slots):
-        if slot.new and slot.noise:
-            for name, value in fused.items():
-                generator = torch.Generator().manual_seed(stable_seed(plan.seed, ffn.block, expert, name))
-                drawn = torch.randn(value[expert].shape, generator=generator).to(value.device)
-                value[expert] += (drawn * slot.noise * value[expert].float().std()).to(value.dtype)
         if slot.new and reinit:
             generator = torch.Generator().manual_seed(stable_seed(plan.seed, ffn.block, expert, "reinit"))
             neurons = torch.randperm(ffn.d_ff, generator=generator)[: round(reinit * ffn.d_ff)].to(ffn.out.device)
