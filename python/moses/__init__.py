@@ -17,7 +17,7 @@ from ._core import Mask, Registry
 from .errors import MosesError
 
 if TYPE_CHECKING:
-    from . import ops, routers
+    from . import ops, routers, surgery
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
@@ -41,7 +41,7 @@ _LAZY = {
     "Run": "training",
     "train": "training",
 }
-_LAZY_MODULES = ("ops", "routers")
+_LAZY_MODULES = ("ops", "routers", "surgery")
 
 __all__ = [
     "DispatchPlan",
@@ -59,6 +59,7 @@ __all__ = [
     "load_stream",
     "ops",
     "routers",
+    "surgery",
     "train",
 ]
 

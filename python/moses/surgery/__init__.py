@@ -6,6 +6,7 @@ from .checkpoint import CheckpointFolder, open_checkpoint
 from .compare import Comparison, verify
 from .operations import Surgery, Writing, apply, convert, extract, grow, merge, prune
 from .plan import LayerSurgery, Slot, SurgeryPlan
+from .upcycling import upcycle
 
 __all__ = [
     "CheckpointFolder",
@@ -22,5 +23,6 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "prune",
+    "upcycle",
     "verify",
 ]

@@ -17,7 +17,7 @@ RECORD = "moses_surgery.json"
 
 MANIFEST = "manifest.json"
 
-MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "deepseek_v2", "deepseek_v3", "gpt_oss")
 """The model types of the core's table of layouts."""
 
 

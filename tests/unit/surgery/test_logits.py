@@ -255,3 +255,47 @@ def test_the_record_is_the_plan(checkpoints, tmp_path):
         for name, digest in record["blake3"].items():
             assert core.blake3_hex(file.get_tensor(name).tobytes()) == digest
         assert set(record["blake3"]) == set(file.keys())
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@both
+def test_growth_in_place(kind, layout, shards, models, copied):
+    source = copied(kind, layout, shards)
+    before = {path.name: path.stat().st_ino for path in source.glob("*.safetensors")}
+    done = surgery.grow(source, add=2, sources=[1, 2], new_rows="copy", writing=Writing(in_place=True))
+    assert done.path == source
+    slots = [0, 1, 1, 2, 3, 2] if kind in GROUPED else [0, 1, 2, 3, 1, 2]
+    expected = rebuilt([models(kind)], slots, kind)
+    assert torch.equal(logits(load(source)), logits(expected))
+    again = surgery.grow(
+        source, add=2, sources=[4, 1] if kind in GROUPED else [4, 5], new_rows="copy", writing=Writing(in_place=True)
+    )
+    picked = [n for n, slot in enumerate(again.plan.layers[0].slots)]
+    second = [slot.sources[0] for slot in again.plan.layers[0].slots]
+    assert len(picked) == 8
+    assert torch.equal(logits(load(source)), logits(rebuilt([expected], second, kind)))
+    assert all("model" in name for name in before)
+    assert surgery.verify(source, source, surgery.SurgeryPlan(())).ok
+
+
+def test_link_shares_what_does_not_change(checkpoints, tmp_path):
+    source = checkpoints("qwen2_moe", "per-expert", 6)
+    done = surgery.prune(source, tmp_path / "out", keep={"model.layers.1": [0, 1, 2, 3]}, writing=Writing(link=True))
+    linked = [
+        path for path in done.path.glob("*.safetensors") if path.stat().st_ino == (source / path.name).stat().st_ino
+    ]
+    assert len(linked) == done.description["unchanged_shards"] == len(done.description["shards"])
+    assert done.description["bytes_written"] == 0
+    half = surgery.prune(source, tmp_path / "half", keep=[0, 1, 2], writing=Writing(link=True))
+    assert surgery.verify(half.path, source).ok
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(checkpoints, tmp_path):
+    source = checkpoints("qwen3_moe", "per-expert", 3)
+    planned = surgery.prune(source, keep=[0, 1], writing=Writing(dry_run=True)).description
+    assert planned["tensors"] == {"cut": 2, "dropped": 12, "kept": 31, "made": 0, "renamed": 0}
+    done = surgery.prune(source, tmp_path / "out", keep=[0, 1])
+    assert planned == done.description
+    assert planned["bytes_written"] == sum(path.stat().st_size for path in done.path.glob("*.safetensors"))
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in done.path.glob("*.safetensors"))
+    assert planned["bytes_read"] == planned["bytes_written"] - headers
