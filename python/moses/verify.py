@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from moses import _core
+from moses import _core, surgery
 from moses.errors import FormatError, SurgeryError
 from moses.frozen import check_tasks, compare_tasks
 from moses.inspect import INDEX, MANIFEST, neither, open_run, read_json
 from moses.report import PAGE, PICTURES, read_results
 from moses.run_files import CONFIG, LOG, REGISTRY, RESULTS, TRAINER
 from moses.surgery.checkpoint import MODEL_TYPES, open_checkpoint
-from moses.surgery.compare import verify as compare_with_sources
 from moses.tensorfile import TensorFile
 from moses.verdict import COPY, Verdict, problem_of
 
@@ -135,7 +134,7 @@ def _compare_checkpoint(path: Path, sources: Sequence[str | Path]) -> Verdict:
     verdict = Verdict(str(path), "checkpoint", ", ".join(map(str, sources)))
     if path.is_dir():
         verdict.num_files = len(list(path.glob("*.safetensors")))
-    found = compare_with_sources(path, sources)
+    found = surgery.verify(path, sources)
     for what, problem in found.problems:
         verdict.add(path, "not_identical", f"{what}: {problem}", "run the surgery again")
     verdict.notes.append(

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._core import Checkpoint as NativeCheckpoint
 from ..errors import SurgeryError
-from .selection import Facts
+
+if TYPE_CHECKING:
+    from .selection import Facts
 
 RECORD = "moses_surgery.json"
 """What surgery writes of itself into its output: the plan and, where asked for, hashes."""
@@ -37,6 +39,8 @@ class CheckpointFolder:
     @cached_property
     def facts(self) -> Facts:
         """What a plan needs. Raises `SurgeryError` where there are no experts that surgery knows."""
+        from .selection import Facts
+
         document = self.document
         if not document["layers"]:
             known = "it has no layer with experts" if document["known"] else "surgery does not know this model type"
