@@ -17,7 +17,7 @@ from moses.frozen import check_tasks, compare_tasks
 from moses.inspect import INDEX, MANIFEST, neither, open_run, read_json
 from moses.report import PAGE, PICTURES, read_results
 from moses.run_files import CONFIG, LOG, REGISTRY, RESULTS, TRAINER
-from moses.surgery.checkpoint import MODEL_TYPES, open_checkpoint
+from moses.surgery.checkpoint import MODEL_TYPES, RECORD, open_checkpoint
 from moses.tensorfile import TensorFile
 from moses.verdict import COPY, Verdict, problem_of
 
@@ -126,6 +126,11 @@ def _verify_checkpoint(path: Path) -> Verdict:
         document = verdict.caught(config, lambda: read_json(config, config.read_bytes()))
         if document is not None and document.get("model_type") in MODEL_TYPES and not verdict.problems:
             verdict.caught(path, partial(open_checkpoint, path))
+    if path.is_dir() and (path / RECORD).is_file() and not verdict.problems:
+        from moses.surgery.compare import changed_since_hashed
+
+        for what, problem in verdict.caught(path / RECORD, partial(changed_since_hashed, path)) or []:
+            verdict.add(path, "not_identical", f"{what}: {problem}", COPY)
     return verdict
 
 
