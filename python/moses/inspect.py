@@ -17,6 +17,7 @@ from moses.errors import FormatError, ModelError
 from moses.growth.folder import DESCRIPTION
 from moses.run_config import RunConfig
 from moses.run_files import CONFIG, REGISTRY
+from moses.surgery.checkpoint import MODEL_TYPES, open_checkpoint
 from moses.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
@@ -204,6 +205,8 @@ def _describe_checkpoint(path: Path, paths: list[Path]) -> dict[str, Any]:
     for tensor in tensors:
         by_dtype[tensor["dtype"]] = by_dtype.get(tensor["dtype"], 0) + tensor["bytes"]
     config, layout = _config_of(path)
+    known = config.get("model_type") in MODEL_TYPES and not layout
+    experts = open_checkpoint(path).document if known else None
     return {
         "kind": "checkpoint",
         "path": str(path),
@@ -224,7 +227,11 @@ def _describe_checkpoint(path: Path, paths: list[Path]) -> dict[str, Any]:
         "bytes": sum(tensor["bytes"] for tensor in tensors),
         "bytes_by_dtype": by_dtype,
         "tensors": tensors,
-    }
+    } | (
+        {}
+        if experts is None
+        else {key: experts[key] for key in ("top_k", "groups", "superseded", "layers", "left_out")}
+    )
 
 
 def _config_of(path: Path) -> tuple[dict[str, Any], list[Any]]:

@@ -34,9 +34,9 @@ LAYERS = (
     ("run_config", "answers"),
     ("perplexity",),
     ("checkpoint", "results", "evaluate"),
-    ("donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
+    ("scratch", "donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
     ("session",),
-    ("training", "generate"),
+    ("run_surgery", "training", "generate"),
     ("cli", "__main__"),
 )
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
