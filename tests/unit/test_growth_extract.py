@@ -20,6 +20,7 @@ from moses.growth.extract import apply, extract, extract_plan
 from moses.growth.layout import describe
 from moses.growth.upcycle import upcycle
 from moses.routers import RandomRouter
+from moses.surgery import operations as on_disk
 from moses.surgery.plan import LayerSurgery, Slot, SurgeryPlan
 
 # Qwen2-MoE's shared expert of width 0
@@ -276,3 +277,26 @@ def test_plans_of_other_models_and_of_growth_are_refused(made):
 
 def test_public_name():
     assert moses.extract is extract
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_a_plan_does_the_same_to_a_model_and_to_its_checkpoint(made, family, tmp_path):
+    model = made(family)
+    plan = extract_plan(model, {0: [6, 1, 3], 1: [0, 2, 7]})
+    folder = save_model(model, tmp_path / "full")
+    on_disk.apply(folder, plan, tmp_path / "small")
+    loaded, mine = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), apply(model, plan)
+    assert torch.equal(logits(loaded), logits(mine))
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mine.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_dense_plan_does_so_too(made, family, tmp_path):
+    model = made(family)
+    plan = extract_plan(model, {0: [6], 1: [0]})
+    on_disk.apply(save_model(model, tmp_path / "full"), plan, tmp_path / "small")
+    loaded, mine = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), apply(model, plan)
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mine.state_dict().items())
+    assert torch.equal(logits(loaded), logits(mine))
