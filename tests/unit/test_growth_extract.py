@@ -275,6 +275,35 @@ def test_plans_of_other_models_and_of_growth_are_refused(made):
         assert error.value.code == code
 
 
+def test_top_k_is_of_the_whole_model(made, tmp_path):
+    model = made("mixtral")
+    small = extract(model, {1: [6, 1, 3]}, top_k=1)
+    assert [block.top_k for block in moe_blocks(small)] == [1, 1] and small.config.num_experts_per_tok == 1
+    assert [place["path"] for place in describe(small)] == ["model.layers.1.mlp"]
+    with pytest.raises(SurgeryError) as error:
+        extract(model, {0: [1], 1: [0, 1, 2]}, top_k=4)
+    assert error.value.code == "top_k_too_large"
+    beside = upcycle(small_upcycled(), 4, layers=[0], keep_dense=True)
+    with pytest.raises(SurgeryError, match="has 4 experts and a token would use 5") as error:
+        extract(beside, {}, top_k=5)
+    assert error.value.code == "top_k_too_large"
+
+
+@pytest.mark.parametrize("router", ["gshard", "switch", "expert_choice", "noisy_topk"])
+def test_moses_routers_are_cut_and_load(router, tmp_path):
+    dense = small_upcycled()
+    model = upcycle(dense, 4, layers=[0], router=router, keep_dense=True, top_k=1 if router == "switch" else 2)
+    if router in ("gshard", "switch"):
+        with pytest.raises(SurgeryError) as error:
+            extract(model, {0: [1, 2, 3]}, top_k=3)
+        assert error.value.code == "fixed_top_k"
+    kept = [2, 3] if router != "switch" else [2]
+    small = extract(model, {0: kept, 1: [0]})
+    assert torch.equal(logits(load_folder(save_model(small, tmp_path / router))), logits(small))
+    assert [place["kind"] for place in describe(small)] == ["mixture"]
+    assert torch.equal(small.model.layers[0].mlp.router.weight, model.model.layers[0].mlp.router.weight[kept])
+
+
 def test_public_name():
     assert moses.extract is extract
 
