@@ -212,6 +212,12 @@ class Registry:
     def end_task(self, task: int, masks: Sequence[tuple[int, str, Mask]]) -> None:
         """Ends the open task with the units that it uses, `(layer, space, mask)`; what is missing is empty."""
 
+    def narrow_task(self, task: int, kept: Sequence[tuple[int, str, Mask]]) -> None:
+        """Takes units away from an ended task: of each `(layer, space, mask)` it keeps those in the mask, what is missing stays.
+
+        Its content hash is cleared.
+        """
+
     def abandon_task(self, task: int) -> None:
         """Gives up the open task; its id is not given again."""
 

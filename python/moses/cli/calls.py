@@ -17,6 +17,8 @@ def train(
     resume: bool,
     seed: int,
     settings: Mapping[str, Any],
+    boundaries: str,
+    budget: str | None,
 ) -> None:
     """Train a stream; results are in the run folder afterwards."""
     from moses.training import train as run
@@ -30,6 +32,8 @@ def train(
         resume=resume,
         seed=seed,
         settings=dict(settings),
+        boundaries=boundaries,
+        budget=budget,
     )
 
 
