@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import moses
 from moses.errors import SurgeryError
 from moses.growth import MixtureFFN, dense_ffns, load_folder, moe_blocks, route, save_model
-from moses.growth.extract import apply, extract, extract_plan
+from moses.growth.extract import apply_extraction, extract, extract_plan
 from moses.growth.layout import describe
 from moses.growth.upcycle import upcycle
 from moses.routers import RandomRouter
@@ -235,7 +235,7 @@ def test_merging_averages_and_says_where_it_cannot(made):
     model = made("mixtral")
     plan = extract_plan(model, {0: [1, 2], 1: [3]}, merge=True)
     assert plan["model.layers.0"] == LayerSurgery("model.layers.0", 8, (Slot((1, 2), (0.5, 0.5)),), dense=True)
-    merged = apply(model, SurgeryPlan.from_json(plan.to_json()))
+    merged = apply_extraction(model, SurgeryPlan.from_json(plan.to_json()))
     assert merged.config.model_type == "llama"
     mean = model.model.layers[0].mlp.experts.down_proj[1:3].mean(0)
     assert (merged.model.layers[0].mlp.down_proj.weight - mean).abs().max() < 1e-6
@@ -271,7 +271,7 @@ def test_plans_of_other_models_and_of_growth_are_refused(made):
         ((Slot((0,)),), 4, "plan_differs"),
     ):
         with pytest.raises(SurgeryError) as error:
-            apply(model, SurgeryPlan((LayerSurgery("model.layers.0", before, slots),)))
+            apply_extraction(model, SurgeryPlan((LayerSurgery("model.layers.0", before, slots),)))
         assert error.value.code == code
 
 
@@ -314,7 +314,7 @@ def test_a_plan_does_the_same_to_a_model_and_to_its_checkpoint(made, family, tmp
     plan = extract_plan(model, {0: [6, 1, 3], 1: [0, 2, 7]})
     folder = save_model(model, tmp_path / "full")
     on_disk.apply(folder, plan, tmp_path / "small")
-    loaded, mine = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), apply(model, plan)
+    loaded, mine = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), apply_extraction(model, plan)
     assert torch.equal(logits(loaded), logits(mine))
     state = loaded.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in mine.state_dict().items())
@@ -325,7 +325,7 @@ def test_a_dense_plan_does_so_too(made, family, tmp_path):
     model = made(family)
     plan = extract_plan(model, {0: [6], 1: [0]})
     on_disk.apply(save_model(model, tmp_path / "full"), plan, tmp_path / "small")
-    loaded, mine = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), apply(model, plan)
+    loaded, mine = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), apply_extraction(model, plan)
     state = loaded.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in mine.state_dict().items())
     assert torch.equal(logits(loaded), logits(mine))

@@ -38,9 +38,9 @@ def extract(
         top_k: experts a token afterwards; None leaves it.
 
     Raises:
-        SurgeryError: as `extract_plan` and `apply`.
+        SurgeryError: as `extract_plan` and `apply_extraction`.
     """
-    return apply(model, extract_plan(model, experts, merge=merge, top_k=top_k))
+    return apply_extraction(model, extract_plan(model, experts, merge=merge, top_k=top_k))
 
 
 def extract_plan(
@@ -100,7 +100,7 @@ def _uses_all(module: nn.Module) -> bool:
     return isinstance(getattr(module, "router", None), (DenseRouter, ExpertChoiceRouter))
 
 
-def apply(model: Any, plan: SurgeryPlan) -> Any:
+def apply_extraction(model: Any, plan: SurgeryPlan) -> Any:
     """A new model after a plan that keeps, averages and leaves out experts.
 
     Raises:

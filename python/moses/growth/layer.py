@@ -153,7 +153,8 @@ class MixtureFFN(MoELayer):
             ModelError, DispatchError: as `MoELayer`.
         """
         context = _ROUTING.get()
-        takes = _keywords(type(self.router))
+        kind: Any = type(self.router)
+        takes = _keywords(kind)
         routing = {} if context is None else {k: v for k, v in context[0].items() if k in takes}
         y, said = super().forward(x, **routing)
         if context is not None:
