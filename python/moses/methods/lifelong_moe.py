@@ -31,7 +31,7 @@ class LifelongMoEConfig:
         add: ΔE, experts that a task adds to every layer.
         every: FFNs of every so many blocks of a dense model become mixtures, with the FFN as their first expert; 2 as in the paper.
         layers: numbers of the blocks, in place of `every`.
-        top_k: experts a token in layers that were dense; a mixture keeps its own.
+        top_k: experts a token in layers that were dense (with 1, gates learn by the balance loss alone); a mixture keeps its own.
         kl: λ, weight of KL(old ‖ new) on the current data; 0 is without.
         balance_weight: of the balance loss, mean over the layers.
         noise: on a new expert and its gate row, relative to the deviation of each tensor that it is copied from.
