@@ -36,7 +36,7 @@ LAYERS = (
     ("checkpoint", "results", "evaluate"),
     ("donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
     ("session",),
-    ("run_surgery", "training", "generate"),
+    ("run_surgery", "run_extract", "training", "generate"),
     ("cli", "__main__"),
 )
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
