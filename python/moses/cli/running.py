@@ -26,6 +26,13 @@ class EvaluationMode(StrEnum):
     BOTH = "both"
 
 
+class Boundaries(StrEnum):
+    """Whether the stream says where its tasks begin."""
+
+    GIVEN = "given"
+    NONE = "none"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     for command in (train, evaluate, generate, forget):
@@ -40,10 +47,29 @@ def train(
         str, typer.Option("--stream", metavar="S", help="A stream: a folder in TRACE's format, or a built-in stream.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to write.")],
-    method: Annotated[str, typer.Option("--method", help="How to learn: moses, sequential, per-task.")] = "moses",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="How to learn: moses, sequential, per-task, finetune, joint, lifelong-moe, pangu-sigma."
+        ),
+    ] = "moses",
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B,C", help="Which tasks, in which order.")] = None,
+    from_scratch: Annotated[
+        bool,
+        typer.Option("--from-scratch", help="M is a JSON file that describes a model: begin from random weights."),
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="T", help="With --from-scratch: a tokenizer, instead of training one."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random number.")] = 0,
+    boundaries: Annotated[
+        Boundaries, typer.Option("--boundaries", help="Where tasks begin: given, or none: found, in one pass.")
+    ] = Boundaries.GIVEN,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="BYTES", help="What all tasks together may add: 2MB, 500kB.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting, as JSON or text; may be given again."),
@@ -52,8 +78,21 @@ def train(
     """Learn a stream of tasks, one after the other."""
     names = None if tasks is None else parse_tasks(tasks)
     values = parse_settings(settings or [])
+    if tokenizer is not None and not from_scratch:
+        raise ConfigError("--tokenizer goes with --from-scratch; a model has its own", code="bad_tokenizer")
+    if from_scratch:
+        model = calls.write_from_scratch(model, stream, out, names, tokenizer, seed)
     calls.train(
-        model=model, stream=stream, method=method, out=out, tasks=names, resume=resume, seed=seed, settings=values
+        model=model,
+        stream=stream,
+        method=method,
+        out=out,
+        tasks=names,
+        resume=resume,
+        seed=seed,
+        settings=values,
+        boundaries=boundaries.value,
+        budget=budget,
     )
     _print_results(out)
     typer.echo(f"\nreport: moses report {out}")

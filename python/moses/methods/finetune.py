@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 from .. import _core
 from ..config import check_real
 from ..errors import FormatError, ModelError
+from ..growth.layer import MixtureFFN, route
 from ..loss import distillation_loss
 from ..models import kind_of
+from ..routers import RandomRouter
+from ..routes import RouterOutput
 from ..stream.task import Stream, Task
 from .base import Method
 
@@ -43,6 +47,47 @@ class FinetuneConfig:
         check_real(self, "kl", 0.0, 1e6)
 
 
+class Routing:
+    """Routes every forward of a model with moses's own mixtures, and keeps what their routers said of the last one in training.
+
+    Attributes:
+        outputs: by the mixture's block.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        mixtures = [module for module in model.modules() if isinstance(module, MixtureFFN)]
+        self.by_token = any(isinstance(mixture.router, RandomRouter) for mixture in mixtures)
+        self.outputs: dict[str, RouterOutput] = {}
+        self._open: list[ExitStack] = []
+        if mixtures:
+            # of the decoder, which also runs without its head; partials, not closures: a deep copy of the model has hooks of its own
+            decoder: Any = getattr(model, "base_model", model)
+            decoder.register_forward_pre_hook(partial(_enter, self), with_kwargs=True)
+            decoder.register_forward_hook(partial(_leave, self), always_call=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
+        copied = copy.copy(self)
+        copied.outputs, copied._open = {}, []
+        return copied
+
+    @property
+    def loss(self) -> Tensor | None:
+        """() sum of the routers' own losses; None where there is no mixture."""
+        losses = [output.loss for output in self.outputs.values() if output.loss is not None]
+        return torch.stack([loss.float() for loss in losses]).sum() if losses else None
+
+
+def _enter(routing: Routing, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    stack = ExitStack()
+    routing.outputs = stack.enter_context(route(**({"token_ids": ids, "domains": 0} if routing.by_token else {})))
+    routing._open.append(stack)
+
+
+def _leave(routing: Routing, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    routing._open.pop().close()
+
+
 class WholeModelMethod(Method):
     """Trains every weight in place. The base model's weights are kept, on the CPU, since what infers tasks reads its features."""
 
@@ -50,6 +95,7 @@ class WholeModelMethod(Method):
         self.model, self.config = model, config
         self.registry = _core.Registry()
         self._teacher: nn.Module | None = None
+        self._routing = Routing(model)
         model.requires_grad_(False)
         self._base = {name: tensor.detach().cpu().clone() for name, tensor in self._weights().items()}
 
@@ -91,9 +137,10 @@ class WholeModelMethod(Method):
                 tensor.data = trained[key]
 
     def extra_loss(self, model: nn.Module, inputs: dict[str, Any], outputs: Any, seen: Any) -> Tensor | None:
-        """λ times the mean of KL(old ‖ new) over the tokens that have a label."""
+        """The routers' own losses, and λ times the mean of KL(old ‖ new) over the tokens that have a label."""
+        balance = self._routing.loss
         if self._teacher is None:
-            return None
+            return balance
         labels = inputs["labels"]
         with torch.no_grad():
             old = self._teacher(**{key: value for key, value in inputs.items() if key != "num_items_in_batch"}).logits
@@ -102,7 +149,8 @@ class WholeModelMethod(Method):
             old, new, labels = old[:, :-1], new[:, :-1], labels[:, 1:]
         learned = labels >= 0
         kl: float = self.config.kl
-        return kl * distillation_loss(old[learned], new[learned])
+        drift = kl * distillation_loss(old[learned], new[learned])
+        return drift if balance is None else drift + balance
 
     def rewritten(self, name: str) -> list[str]:
         """The task that held the weights so far."""
@@ -144,6 +192,7 @@ class JointMethod(WholeModelMethod):
     """All tasks are learned at the first one's place, from their examples mixed; nothing is trained at the others'."""
 
     name = "joint"
+    one_by_one = False
     config_class = JointConfig
 
     def trains_on(self, stream: Stream, index: int) -> Sequence[Task]:
