@@ -264,9 +264,7 @@ def _gone(
 
 def _within(method: GrowingMethod, scores: Mapping[str, Tensor], budget: int) -> int:
     """As many added experts a layer as `budget` bytes hold."""
-    base, sizes = method.base_experts, {}
-    for info in method.registry.layers():
-        sizes[info.name] = sum(space.units_per_expert * space.unit_bytes for space in info.spaces)
+    base, sizes = method.base_experts, method.expert_bytes()
     others = sum(
         sizes[path] * (layer.num_experts - base[path]) for path, layer in method.layers.items() if path not in scores
     )

@@ -436,6 +436,24 @@ def test_forgetting_the_latest_task_keeps_the_trained_trunk(tiny_folder, tmp_pat
     assert torch.equal(answers(moses.load(tmp_path / "run"), first), answers(run.model.eval(), first))
 
 
+def test_a_budget_is_kept_by_giving_up_the_least_used_experts(tiny_folder, tmp_path):
+    limit = {"identifier.num_features": 16, "add": 2}
+    budget = 3 * 26_000
+    run = train(tiny_folder, tmp_path / "run", "lifelong-moe", settings=QUICK | limit, budget=budget)
+    held = sum(
+        file.stat().st_size
+        for file in (tmp_path / "run").rglob("*")
+        if file.parent.parent.name in ("tasks", "identifier") or file.parent.name == "identifier"
+    )
+    assert held <= budget and run.results["budget"]["given_up"]
+    assert not verify_path(tmp_path / "run").problems
+    experts = run.model._answering.layers["model.layers.1.mlp"].num_experts
+    assert 1 < experts < 7
+    loaded = moses.load(tmp_path / "run")
+    for task in run.results["tasks"]:
+        assert torch.equal(answers(loaded, task), answers(run.model.eval(), task))
+
+
 def test_unknown_domains_are_answered_with_every_expert(tiny_model):
     method = make("lifelong-moe", tiny_model("llama"), known_domain=False)
     learn(method, "one", 0)
