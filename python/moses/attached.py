@@ -40,6 +40,7 @@ class MosesModel(nn.Module):
     _router_modules: dict[str, TaskRouter]
     _head: TaskHead | None
     _was_cut: bool
+    new_limit: int | None
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
@@ -244,10 +245,11 @@ class MosesModel(nn.Module):
 
     @property
     def new_budget(self) -> int:
-        """Bytes that the open task may newly use."""
+        """Bytes that the open task may newly use; `new_limit` bounds it, where that is set."""
         first = int(self.moses_config.density * self.bank_bytes)
         ended = any(task.state == "ended" for task in self.registry.tasks())
-        return int(first * self.moses_config.growth) if ended else first
+        usual = int(first * self.moses_config.growth) if ended else first
+        return usual if self.new_limit is None else min(usual, self.new_limit)
 
     def owned_values(self) -> dict[int, bytes]:
         """For every ended task, the bytes of the values that it owns, in the registry's order."""
@@ -431,6 +433,7 @@ def mix_in(
         _router_modules=routers,
         _head=head,
         _was_cut=False,
+        new_limit=None,
     )
     model.__dict__["_moses_hook"] = model.register_forward_pre_hook(before_model, with_kwargs=True)
     assert isinstance(model, MosesModel)
@@ -449,6 +452,7 @@ def take_out(model: MosesModel) -> nn.Module:
         "_router_modules",
         "_head",
         "_was_cut",
+        "new_limit",
         "_moses_hook",
     ):
         model.__dict__.pop(name)

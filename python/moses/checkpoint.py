@@ -162,10 +162,12 @@ def load_base(config: RunConfig, model: nn.Module | str | None) -> nn.Module:
     return model
 
 
-def load_method(store: _core.Store, config: RunConfig, base: nn.Module) -> tuple[Method, TaskIdentifier | None]:
-    """The run's method attached to `base` with every ended task loaded, and its task identifier."""
+def load_method(
+    store: _core.Store, config: RunConfig, base: nn.Module, method: Method | None = None
+) -> tuple[Method, TaskIdentifier | None]:
+    """The run's method attached to `base` (or `method`, attached already) with every ended task loaded, and its task identifier."""
     cls = method_class(config.method)
-    method = cls(base, from_settings(cls.config_class, config.method_config))
+    method = method or cls(base, from_settings(cls.config_class, config.method_config))
     identifier = (
         TaskIdentifier(from_settings(IdentifierConfig, config.identifier_config), hidden_size(base))
         if config.identifier_config

@@ -37,6 +37,9 @@ class RunProgress:
         similar: the earlier task that each task started from.
         expert_use: share of tokens per expert, by task and router, from the last row.
         seconds: time spent, by kind of work.
+        given_up: what earlier tasks lost to the budget: [{"for", "lost": {task: share of its weights' size}}].
+        budget_used: bytes that count for the budget, after each task.
+        online: of a run without task boundaries: how far it is, its segments, and how they score.
     """
 
     base: Row | None = None
@@ -45,6 +48,9 @@ class RunProgress:
     similar: dict[str, str] = field(default_factory=dict)
     expert_use: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    given_up: list[dict[str, Any]] = field(default_factory=list)
+    budget_used: list[int] = field(default_factory=list)
+    online: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """JSON."""
@@ -82,11 +88,17 @@ def results_document(config: RunConfig, stream: Stream, done: RunProgress, regis
         if not method_class(config.method).one_by_one:
             metrics |= dict.fromkeys(("bwt", "fwt", "forgetting"))
         document[mode] = {"matrix": matrix, "metrics": metrics} if matrix else None
+        if done.online and matrix:  # there is one row, after the whole stream
+            document[mode]["metrics"]["op"] = mean_score(matrix[-1])
     confusion = done.rows[-1]["confusion"] if done.rows else None
     if document["tail"] is not None and confusion is not None:
         asked = sum(map(sum, confusion))
         right = sum(row[index] for index, row in enumerate(confusion))
         document["tail"] |= {"task_accuracy": 100.0 * right / asked if asked else None, "confusion": confusion}
+    if config.budget is not None:
+        document["budget"] = {"limit": config.budget, "used": done.budget_used, "given_up": done.given_up}
+    if done.online:
+        document["online"] = {key: value for key, value in done.online.items() if key != "position"}
     return document | {
         "capacity": done.capacity,
         "overlap": registry.overlap() if registry.layers() else None,
@@ -121,6 +133,12 @@ def command(config: RunConfig) -> str:
     for key, value in settings.items():
         words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     return shlex.join(words)
+
+
+def mean_score(row: Row) -> float | None:
+    """The mean of the cells that there are."""
+    cells = [cell for cell in row if cell is not None]
+    return sum(cells) / len(cells) if cells else None
 
 
 def environment() -> dict[str, Any]:

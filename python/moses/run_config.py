@@ -42,6 +42,8 @@ class RunConfig:
         model: the base model.
         stream: the stream; None for a model that was saved without one.
         formats: how each task's answers are read off: {"max_new_tokens", "labels"} by the task's name.
+        online: settings of a run without task boundaries; None where they are given.
+        budget: bytes that all tasks together may add; None is no limit.
     """
 
     method: str
@@ -51,12 +53,16 @@ class RunConfig:
     model: ModelSource
     stream: StreamSource | None
     formats: dict[str, dict[str, Any]]
+    online: dict[str, Any] | None = None
+    budget: int | None = None
 
     def to_bytes(self) -> bytes:
         """JSON with a format version."""
-        return (
-            json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
-        ).encode()
+        fields = asdict(self)
+        for name in ("online", "budget"):
+            if fields[name] is None:
+                del fields[name]
+        return (json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=1, ensure_ascii=False) + "\n").encode()
 
     @staticmethod
     def from_bytes(data: bytes) -> RunConfig:
@@ -90,7 +96,8 @@ class RunConfig:
         Raises:
             RunError: a field differs; the message names the first one.
         """
-        for field in ("method", "method_config", "identifier_config", "model", "stream", "formats", "train_config"):
+        parts = ("method", "method_config", "identifier_config", "model", "stream", "formats", "train_config")
+        for field in (*parts, "online", "budget"):
             mine, theirs = _plain(getattr(self, field)), _plain(getattr(other, field))
             if mine != theirs:
                 where = _first_difference(field, mine, theirs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import _core, ranks
 from .answers import Answerer, TaskFormat, autocast
 from .attached import MosesModel
+from .budget import Budget, store_sizes, used_bytes
 from .checkpoint import is_run, load_base, load_method, model_source, read_config, task_files
 from .config import TrainConfig, from_settings, to_json
 from .donors import DonorProbe
@@ -31,10 +32,12 @@ from .progress import Progress
 from .results import RunProgress, results_document, task_bytes
 from .run_config import RunConfig, StreamSource
 from .run_files import CONFIG, LOG, PROGRESS, REGISTRY, RESULTS
+from .segments import SegmentMethod, segment_formats
 from .stream import Stream, load_stream
 from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features, prompt_views
 from .stream.prompt import Kind, label_names
 from .stream.task import Task
+from .targets import hidden_size
 
 _TEXT_TOKENS = 64  # of an answer by `generate` where tasks have no answers
 
@@ -63,6 +66,7 @@ class Session:
         train_config: as in `config`, typed.
         progress: where work is shown.
         done: rows and figures so far.
+        budget: keeps the tasks' bytes below the run's budget; None is no limit.
     """
 
     path: Path
@@ -77,6 +81,8 @@ class Session:
     train_config: TrainConfig
     progress: Progress
     done: RunProgress
+    budget: Budget | None = None
+    _shrunk: list[str] = field(default_factory=list)  # tasks that gave something up for the open one
 
     @property
     def ended(self) -> set[str]:
@@ -86,7 +92,13 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether the last task is trained and its row evaluated."""
-        return len(self.done.rows) == len(self.stream.tasks)
+        return len(self.done.rows) == (len(self.stream.tasks) if self.config.online is None else 1)
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the stream's tasks that can be answered, in the stream's order."""
+        known = self.ended if self.config.online is None else self.done.online.get("domains", {})
+        return [task.name for task in self.stream.tasks if task.name in known]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -97,7 +109,7 @@ class Session:
         columns = range(len(self.stream.tasks))
         with self._phase("evaluate base", columns, modes=1) as tick:
             self.done.base = self._evaluator().base_row(columns, tick)
-        self._commit_progress()
+        self.commit_progress()
 
     def evaluate_row(self, trained: Sequence[str]) -> None:
         """Evaluate and commit the row after the last task of `trained`, unless that is done."""
@@ -118,8 +130,24 @@ class Session:
             if "tail" in modes:
                 whole = last or self.train_config.eval_rows == "all"
                 row["tail"], row["confusion"] = evaluator.tail_row(trained, columns if whole else (), tick)
+        self._keep_row(row)
+
+    def evaluate_segments(self) -> None:
+        """Evaluate and commit the one row of a run without task boundaries."""
+        columns, modes = range(len(self.stream.tasks)), self.train_config.eval_modes
+        row: dict[str, Any] = {"til": None, "tail": None, "confusion": None}
+        evaluator = self._evaluator()
+        with self._phase("evaluate all segments", columns, len(modes)) as tick:
+            if "til" in modes:
+                with self._counting(True):
+                    row["til"] = evaluator.til_row(self.trained, columns, tick)
+            if "tail" in modes:
+                row["tail"], row["confusion"] = evaluator.tail_row(self.trained, columns, tick)
+        self._keep_row(row)
+
+    def _keep_row(self, row: dict[str, Any]) -> None:
         self.done.rows.append(row)
-        self._commit_progress()
+        self.commit_progress()
         self.write_results()
         shown = row["til"] or row["tail"]
         self.progress.say(
@@ -132,7 +160,7 @@ class Session:
 
     def final_scores(self, modes: Sequence[str]) -> dict[str, Any]:
         """Evaluate the row of all ended tasks again, without writing anything."""
-        trained = [task.name for task in self.stream.tasks if task.name in self.ended]
+        trained = self.trained
         columns = range(len(self.stream.tasks))
         evaluator = self._evaluator()
         scores: dict[str, Any] = {"method": self.config.method, "tasks": [task.name for task in self.stream.tasks]}
@@ -151,7 +179,7 @@ class Session:
             return ""
         longest = TaskFormat(max((form.max_new_tokens for form in self.formats.values()), default=64), ())
         with self.method.answer(name):
-            return self._answerer().answer(self.method.model, [prompt], self.formats[name] if name else longest)[0]
+            return self._answerer().answer(self.method.model, [prompt], self._formats()[name] if name else longest)[0]
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
@@ -193,10 +221,19 @@ class Session:
         put = {REGISTRY: self.method.registry.to_bytes()}
         for other in self.method.rewritten(name):
             put |= task_files(self.method, self.identifier, other)
-        # what an earlier task's file gives up is there once, not twice
-        freed = sum(held[file].bytes - len(data) for file, data in put.items() if file != REGISTRY and file in held)
         files = task_files(self.method, self.identifier, name)
         put |= files
+        for other in self._shrunk:
+            put |= task_files(self.method, self.identifier, other)
+        if self.budget is not None:
+            present = store_sizes(self.store)
+            self.budget.fit(name, put, present)
+            self.done.given_up += self.budget.given_up
+            self.done.budget_used.append(used_bytes(present | {file: len(data) for file, data in put.items()}))
+            self.budget.given_up, self._shrunk = [], []
+            files = {file: put[file] for file in files}
+        # what an earlier task's file gives up is there once, not twice
+        freed = sum(held[file].bytes - len(data) for file, data in put.items() if file != REGISTRY and file in held)
         sizes = task_bytes(files, len(put[REGISTRY]) - before)
         self.done.capacity.append(
             {
@@ -208,6 +245,11 @@ class Session:
         if similar is not None:
             self.done.similar[name] = similar
         self._commit({**put, PROGRESS: self.done.to_bytes()})
+
+    def make_room(self, name: str) -> None:
+        """Let task `name` begin within the budget, if there is one."""
+        if self.budget is not None:
+            self._shrunk = self.budget.make_room(name, store_sizes(self.store))
 
     def add_seconds(self, what: str, seconds: float) -> None:
         """Add to the time spent on `what`."""
@@ -243,14 +285,21 @@ class Session:
             self.store.commit(put)
         ranks.wait()
 
-    def _commit_progress(self) -> None:
+    def commit_progress(self) -> None:
+        """Commit rows and figures."""
         self._commit({PROGRESS: self.done.to_bytes()})
 
     def _answerer(self) -> Answerer:
         return Answerer(self.tokenizer, self.kind, self.train_config)
 
     def _evaluator(self) -> Evaluator:
-        return Evaluator(self.method, self._answerer(), self.stream, self.formats, self.identifier, self.features)
+        method: Any = self.method
+        if self.config.online is not None:
+            method = SegmentMethod(method, self.done.online.get("domains", {}))
+        return Evaluator(method, self._answerer(), self.stream, self._formats(), self.identifier, self.features)
+
+    def _formats(self) -> dict[str, TaskFormat]:
+        return self.formats if self.config.online is None else segment_formats(self.formats, self.method.registry)
 
     @contextmanager
     def _phase(self, title: str, columns: Sequence[int], modes: int) -> Iterator[Any]:
@@ -294,6 +343,8 @@ def start_session(
     dtype: str,
     resume: bool,
     progress: Progress,
+    online: dict[str, Any] | None = None,
+    budget: int | None = None,
 ) -> Iterator[Session]:
     """Begin a run, or go on with one that was interrupted. See `moses.train`."""
     folder = Path(path)
@@ -331,8 +382,15 @@ def start_session(
         formats={
             name: {"max_new_tokens": form.max_new_tokens, "labels": list(form.labels)} for name, form in formats.items()
         },
+        online=online,
+        budget=budget,
     )
     model.to(device)
+    attached = None
+    if budget is not None and not exists:  # a budget that is too small is found before the folder is made
+        attached = method_class(method)(model, method_config)
+        identifier = TaskIdentifier(identifier_config, hidden_size(model))
+        Budget(budget, attached, identifier, len(stream.tasks) if online is None else 1)
     with ExitStack() as stack:
         if ranks.is_writer():
             store = stack.enter_context(_core.Store.open(folder, write=True) if exists else _core.Store.create(folder))
@@ -344,7 +402,7 @@ def start_session(
         if not ranks.is_writer():
             store = stack.enter_context(_core.Store.open(folder))
         read_config(store).require_same(config)
-        yield _session(folder, store, config, model, tokenizer, stream, formats, progress)
+        yield _session(folder, store, config, model, tokenizer, stream, formats, progress, attached)
 
 
 @contextmanager
@@ -404,13 +462,18 @@ def _session(
     stream: Stream,
     formats: dict[str, TaskFormat],
     progress: Progress,
+    attached: Method | None = None,
 ) -> Session:
-    base = load_base(config, model)
+    base = load_base(config, model) if attached is None else model
     done = RunProgress.from_bytes(store.read(PROGRESS)) if PROGRESS in store.files() else RunProgress()
-    method, identifier = load_method(store, config, base)
+    method, identifier = load_method(store, config, base, attached)
     assert identifier is not None
     if isinstance(method.model, MosesModel):
         method.model.identifier = identifier
+    budget = None
+    if config.budget is not None:
+        num_tasks = 1 if config.online is not None else len(stream.tasks)
+        budget = Budget(config.budget, method, identifier, num_tasks)
     return Session(
         path=folder,
         store=store,
@@ -424,6 +487,7 @@ def _session(
         train_config=from_settings(TrainConfig, config.train_config),
         progress=progress,
         done=done,
+        budget=budget,
     )
 
 

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import TrainConfig, from_settings
+from .budget import identifier_features, parse_bytes
+from .config import TrainConfig, from_settings, to_json
 from .errors import ConfigError
 from .methods import Method, method_class
+from .online import online_config, run_online
 from .progress import Progress
 from .run_files import TRAINER
 from .seeds import stable_seed
@@ -64,6 +66,8 @@ def train(
     seed: int = 0,
     settings: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    boundaries: str = "given",
+    budget: int | str | None = None,
 ) -> Run:
     """Train `model` on every task of `stream`, one after the other, and evaluate every cell of R.
 
@@ -75,7 +79,11 @@ def train(
         tasks: which tasks of the stream, in which order.
         resume: go on with a run that was interrupted; start it where there is none; end at once where it is finished.
         seed: of data order and everything the method draws.
-        settings: fields of `TrainConfig`, of the method's config, and `identifier.FIELD` of `IdentifierConfig`.
+        settings: fields of `TrainConfig`, of the method's config, and `identifier.FIELD` of `IdentifierConfig`; without boundaries
+            also `horizon` and `drift.FIELD` (see `moses.online` and `moses.stream.drift`).
+        boundaries: `given`, or `none`: the stream is read once, and tasks are opened where a change is found. A task that
+            `tasks` names again comes back there.
+        budget: bytes that all tasks together may add, as a number or like `500kB`; None is no limit.
 
     Returns:
         The finished run.
@@ -84,12 +92,24 @@ def train(
         ConfigError, StreamError, ModelError: a setting, the stream or the model is wrong.
         RunError: the folder holds something else, or a run with other settings.
     """
-    method_settings, train_config, identifier_config, dtype = split_settings(method, settings or {}, seed)
+    if boundaries not in ("given", "none"):
+        raise ConfigError(f"boundaries is {boundaries!r}; it must be given or none", code="bad_setting")
+    settings, online = dict(settings or {}), None
+    if boundaries == "none" and tasks is not None:
+        visits, tasks = list(tasks), list(dict.fromkeys(tasks))
+    else:
+        visits = None
     loaded = (
         stream
         if isinstance(stream, Stream)
         else load_stream(stream if isinstance(stream, str) else Path(stream), tasks)
     )
+    if boundaries == "none":
+        online, settings = online_config(visits or [task.name for task in loaded.tasks], settings)
+    limit = None if budget is None else parse_bytes(budget)
+    if limit is not None:
+        settings.setdefault("identifier.num_features", identifier_features(limit, len(loaded.tasks)))
+    method_settings, train_config, identifier_config, dtype = split_settings(method, settings, seed)
     source = None if isinstance(stream, Stream) else str(stream)
     with (
         progress or Progress() as shown,
@@ -106,9 +126,13 @@ def train(
             dtype,
             resume,
             shown,
+            None if online is None else to_json(online),
+            limit,
         ) as session,
     ):
-        if not session.finished:
+        if not session.finished and online is not None:
+            run_online(session, online)
+        elif not session.finished:
             _run(session)
         results = session.write_results()
         trained = session.method.model
@@ -164,6 +188,7 @@ def _train_task(session: Session, index: int, task: Task) -> None:
     rows = _rows(session, session.method.trains_on(session.stream, index))
     similar = session.donor(rows) if method.reads_similar else None
     method.see_task(rows)
+    session.make_room(task.name)
     method.begin_task(task.name, task.domain, len(labels) if session.kind == "classifier" else None, similar)
     if rows:
         _fit(session, index, task, rows, seed)

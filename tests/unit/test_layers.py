@@ -29,14 +29,16 @@ LAYERS = (
     ("subexperts",),
     ("selection", "heads"),
     ("attached",),
-    ("attachment",),
+    ("attachment", "giving_up"),
     ("methods",),
     ("run_config", "answers"),
     ("perplexity",),
     ("checkpoint", "results", "evaluate"),
     ("scratch", "donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),
+    ("budget", "segments"),
     ("session",),
-    ("training", "generate"),
+    ("online",),
+    ("run_surgery", "training", "generate"),
     ("cli", "__main__"),
 )
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}

@@ -87,8 +87,12 @@ def inspect(path: AnyPath, as_json: AsJson = False) -> None:
 def verify(
     path: AnyPath,
     against: Annotated[
-        Path | None,
-        typer.Option("--against", metavar="OLD", help="An older copy: its tasks must be the same, bit for bit."),
+        list[Path] | None,
+        typer.Option(
+            "--against",
+            metavar="OLD",
+            help="An older copy of a run, or what a checkpoint was made of: what was kept must be the same, bit for bit.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -98,7 +102,7 @@ def verify(
     """
     from moses.verify import verify_path
 
-    verdict = verify_path(path, against)
+    verdict = verify_path(path, against or None)
     _finish(verdict.as_dict(), as_json, "show_verdict")
 
 

@@ -26,6 +26,13 @@ class EvaluationMode(StrEnum):
     BOTH = "both"
 
 
+class Boundaries(StrEnum):
+    """Whether the stream says where its tasks begin."""
+
+    GIVEN = "given"
+    NONE = "none"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     for command in (train, evaluate, generate, forget):
@@ -57,6 +64,12 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random number.")] = 0,
+    boundaries: Annotated[
+        Boundaries, typer.Option("--boundaries", help="Where tasks begin: given, or none: found, in one pass.")
+    ] = Boundaries.GIVEN,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="BYTES", help="What all tasks together may add: 2MB, 500kB.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting, as JSON or text; may be given again."),
@@ -70,7 +83,16 @@ def train(
     if from_scratch:
         model = calls.write_from_scratch(model, stream, out, names, tokenizer, seed)
     calls.train(
-        model=model, stream=stream, method=method, out=out, tasks=names, resume=resume, seed=seed, settings=values
+        model=model,
+        stream=stream,
+        method=method,
+        out=out,
+        tasks=names,
+        resume=resume,
+        seed=seed,
+        settings=values,
+        boundaries=boundaries.value,
+        budget=budget,
     )
     _print_results(out)
     typer.echo(f"\nreport: moses report {out}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from .. import _core
+from ..errors import ConfigError
 from ..run_files import task_folder
 from ..stream.task import Stream, Task
 from ..targets import find_places
@@ -95,6 +96,35 @@ class Method(ABC):
             seen: what `watch` saw of the forward.
         """
         return None
+
+    # -- fixed capacity: bytes are those of a task's weights, routers and heads ---------------------------------------
+
+    def smallest_task(self) -> int:
+        """Bytes of the least that a task adds.
+
+        Raises:
+            ConfigError: the method, as it is set, cannot keep to a budget.
+        """
+        raise ConfigError(
+            f"method {self.name!r} keeps to no budget; leave --budget out, or give --method moses or per-task",
+            code="no_budget",
+        )
+
+    def usual_task(self) -> int:
+        """Bytes that the next task adds where nothing limits it."""
+        raise NotImplementedError
+
+    def limit_task(self, num_bytes: int) -> None:
+        """Let the next task add at most so many bytes (and at least the smallest task's)."""
+        raise NotImplementedError
+
+    def give_up(self, num_bytes: int) -> dict[str, float]:
+        """Take the least useful weights of ended tasks away until `num_bytes` are free, or nothing is left to take.
+
+        Returns:
+            The tasks that lost something, with the share (of the size of their weights) that they lost.
+        """
+        raise NotImplementedError
 
     def rewritten(self, name: str) -> list[str]:
         """Earlier tasks whose tensors the end of task `name` changes."""

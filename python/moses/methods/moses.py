@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 from ..attached import MosesModel
 from ..attachment import attach
 from ..config import MosesConfig
+from ..errors import ConfigError
+from ..giving_up import give_up_components
 from .base import Method
 
 if TYPE_CHECKING:
@@ -46,6 +48,30 @@ class MosesMethod(Method):
 
     def task_tensors(self, name: str) -> dict[str, Tensor]:
         return self.model.task_tensors(self.registry.task(name).id)
+
+    def smallest_task(self) -> int:
+        if self.config.granularity != "rank":
+            raise ConfigError(
+                f"granularity {self.config.granularity!r} keeps to no budget: single weights save no bytes; use rank",
+                code="no_budget",
+            )
+        component = max(space.unit_bytes for layer in self.registry.layers() for space in layer.spaces)
+        return self._router_bytes() + component
+
+    def usual_task(self) -> int:
+        limit, self.model.new_limit = self.model.new_limit, None
+        usual = self._router_bytes() + self.model.new_budget
+        self.model.new_limit = limit
+        return usual
+
+    def limit_task(self, num_bytes: int) -> None:
+        self.model.new_limit = max(0, num_bytes - self._router_bytes())
+
+    def give_up(self, num_bytes: int) -> dict[str, float]:
+        return give_up_components(self.model, num_bytes)
+
+    def _router_bytes(self) -> int:
+        return sum(4 * router.num_experts * router.width for router in self.model._routers().values())
 
     def load_task(self, name: str, tensors: dict[str, Tensor]) -> None:
         self.model.load_task_tensors(self.registry.task(name).id, tensors)

@@ -14,7 +14,8 @@ from ..config import as_tuple, check_choice, check_int, check_real
 from ..context import Group, TaskContext
 from ..heads import TaskHead, install_head
 from ..seeds import stable_seed
-from ..targets import find_targets
+from ..targets import find_targets, linear_shape
+from .lora_rank import rank_of
 
 HEAD = "head."
 
@@ -48,14 +49,15 @@ class PeftMethodConfig:
         if self.alpha is not None:
             check_real(self, "alpha", 0.0, 1e9, open_low=True)
 
-    def peft(self, paths: list[str]) -> Any:
-        """PEFT's own config for these linear maps."""
+    def peft(self, paths: list[str], rank: int | None = None) -> Any:
+        """PEFT's own config for these linear maps; LoRA's scale stays where its `rank` is another."""
         if self.adapter == "vera":
             return VeraConfig(r=self.rank, target_modules=paths, save_projection=False, projection_prng_key=self.seed)
         if self.adapter == "ia3":
             return IA3Config(target_modules=paths, feedforward_modules=[])
         alpha: Any = 2 * self.rank if self.alpha is None else self.alpha
-        return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=paths, lora_dropout=0.0)
+        rank = self.rank if rank is None else rank
+        return LoraConfig(r=rank, lora_alpha=alpha * rank / self.rank, target_modules=paths, lora_dropout=0.0)
 
 
 class PeftAdapters:
@@ -70,8 +72,8 @@ class PeftAdapters:
         self.base = model
         self.model: nn.Module = model
 
-    def add(self, adapter: str, seed_name: str) -> None:
-        """Add an adapter and make it the active, trainable one."""
+    def add(self, adapter: str, seed_name: str, rank: int | None = None) -> None:
+        """Add an adapter, of LoRA's `rank` where it is not the config's, and make it the active, trainable one."""
         devices = [
             device.index
             for device in {parameter.device for parameter in self.base.parameters()}
@@ -80,9 +82,9 @@ class PeftAdapters:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(stable_seed(self.config.seed, "adapter", seed_name))
             if isinstance(self.model, PeftModel):
-                self.model.add_adapter(adapter, self.config.peft(self.paths))
+                self.model.add_adapter(adapter, self.config.peft(self.paths, rank))
             else:
-                self.model = get_peft_model(self.base, self.config.peft(self.paths), adapter_name=adapter)
+                self.model = get_peft_model(self.base, self.config.peft(self.paths, rank), adapter_name=adapter)
         self.activate(adapter, train=True)
 
     def activate(self, adapter: str, train: bool) -> None:
@@ -134,13 +136,24 @@ class PeftAdapters:
 
     def load_adapter(self, adapter: str, seed_name: str, tensors: dict[str, Tensor]) -> None:
         """Add an adapter from what `tensors` gave."""
-        self.add(adapter, seed_name)
+        self.add(adapter, seed_name, rank_of(tensors) if self.config.adapter == "lora" else None)
         set_peft_model_state_dict(
             self.model,
             {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)},
             adapter_name=adapter,
         )
         self.freeze()
+
+    def replace(self, adapter: str, seed_name: str, tensors: dict[str, Tensor]) -> None:
+        """Put an adapter's tensors in the place of those it has, which may be of another rank."""
+        assert isinstance(self.model, PeftModel)
+        self.model.delete_adapter(adapter)
+        self.load_adapter(adapter, seed_name, tensors)
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """Bytes of one rank component of LoRA at all linear maps, in float32."""
+        return sum(4 * sum(linear_shape(self.base.get_submodule(path))) for path in self.paths)
 
     def load_head(self, task: int, tensors: dict[str, Tensor]) -> None:
         """Take a head back from what `head_tensors` gave."""

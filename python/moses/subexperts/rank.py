@@ -103,6 +103,11 @@ class RankBank(nn.Module):
         _, A, B = self._opened()
         return {SPACE: self._size_of(A, B)}
 
+    @torch.no_grad()
+    def stored_importance(self) -> Tensor:
+        """As `importance`, of every component in the buffers, (N * R,) float32."""
+        return self._size_of(self.frozen_A, self.frozen_B)
+
     def _size_of(self, A: Tensor, B: Tensor) -> Tensor:
         size: Tensor = A.float().norm(dim=1) * B.float().norm(dim=1) / (self.d_in + self.d_out) ** 0.5
         return size

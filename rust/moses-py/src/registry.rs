@@ -169,6 +169,12 @@ impl Registry {
         self.write(py, |registry| registry.end_task(TaskId(task), masks))
     }
 
+    fn narrow_task(&self, py: Python<'_>, task: u32, kept: Vec<(u32, String, PyRef<'_, Mask>)>) -> PyResult<()> {
+        let kept: Vec<_> =
+            kept.into_iter().map(|(layer, space, mask)| (LayerId(layer), space, mask.0.clone())).collect();
+        self.write(py, |registry| registry.narrow_task(TaskId(task), kept))
+    }
+
     fn abandon_task(&self, py: Python<'_>, task: u32) -> PyResult<()> {
         self.write(py, |registry| registry.abandon_task(TaskId(task)))
     }

@@ -39,7 +39,7 @@ class DriftConfig:
     num_features: int = 256
     opening: int = 16
     share: float = 0.5
-    familiar: float = 2.0
+    familiar: float = 1.0
 
     def __post_init__(self) -> None:
         if self.test not in get_args(Test):

@@ -20,7 +20,8 @@ DAMPED = 1.0  # Page-Hinkley's forgetting factor: none, for a segment ends it an
 
 
 class _Test(Protocol):
-    drift_detected: bool
+    @property
+    def drift_detected(self) -> bool: ...
 
     def update(self, x: float) -> None: ...
 

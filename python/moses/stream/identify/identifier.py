@@ -66,7 +66,7 @@ class TaskIdentifier:
         self.config = config
         self.feature_dim = feature_dim
         self._kind: _Kind = _KINDS[config.kind](config, NUM_VECTORS, feature_dim)
-        size = sum(np.dtype(dtype).itemsize * length for dtype, length in self._kind.layout().values())
+        size = self.state_bytes
         if size > MAX_TASK_BYTES - 2048:  # the rest of the file: header, count, settings
             raise ConfigError(
                 f"identifier.kind {config.kind!r} would keep {size} bytes a task: use 'ridge'",
@@ -75,6 +75,11 @@ class TaskIdentifier:
         self._states: dict[int, dict[str, NDArray[Any]]] = {}
         self._joint: Matrix | None = None
         self._prepared: dict[int, Matrix] = {}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the arrays that are kept of a task; its file has a header and a few numbers besides."""
+        return sum(np.dtype(dtype).itemsize * length for dtype, length in self._kind.layout().values())
 
     @property
     def task_ids(self) -> tuple[int, ...]:

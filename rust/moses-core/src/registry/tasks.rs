@@ -1,6 +1,6 @@
 //! Tasks: they begin, end with their masks (or are abandoned), and may be forgotten.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::layers::{check_name, ids_exhausted, within};
 use super::{Place, Registry};
@@ -136,6 +136,36 @@ impl Registry {
         if let Some(found) = self.tasks.get_mut(&task) {
             found.state = State::Ended;
             found.masks = placed;
+        }
+        Ok(())
+    }
+
+    /// Takes units away from an ended task: of each `(layer, space, mask)` it keeps those in the mask; what is missing stays as it
+    /// is. Its content hash no longer holds, and is cleared.
+    ///
+    /// # Errors
+    /// `task_unknown`, `task_open`, `layer_unknown`, `space_unknown`, `mask_given_twice`, `mask_misfit`; then nothing has
+    /// changed.
+    pub fn narrow_task(&mut self, task: TaskId, kept: Vec<(LayerId, String, Mask)>) -> Result<()> {
+        let mut masks = self.ended_task(task)?.masks.clone();
+        let mut narrowed = BTreeSet::new();
+        for (layer, space, mask) in kept {
+            let (place, wanted) = self.place(layer, &space)?;
+            if mask.length() != wanted {
+                return Err(Error::MaskMisfit { layer: layer.0, space, length: mask.length(), wanted });
+            }
+            if !narrowed.insert(place) {
+                return Err(Error::MaskTwice { layer: layer.0, space });
+            }
+            if let Some(found) = masks.get_mut(&place) {
+                // an old mask is as long as its space was when the task ended
+                *found = found.resized(wanted)?.intersection(&mask)?;
+            }
+        }
+        masks.retain(|_, mask| !mask.is_empty());
+        if let Some(found) = self.tasks.get_mut(&task) {
+            found.masks = masks;
+            found.content_hash = None;
         }
         Ok(())
     }

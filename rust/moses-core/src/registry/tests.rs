@@ -51,12 +51,29 @@ impl Model {
 
 #[derive(Debug, Clone)]
 enum Step {
-    AddLayer { units: u64, experts: u64 },
-    AddExperts { layer: prop::sample::Index, count: u64 },
+    AddLayer {
+        units: u64,
+        experts: u64,
+    },
+    AddExperts {
+        layer: prop::sample::Index,
+        count: u64,
+    },
     Begin,
-    End { seed: Vec<(prop::sample::Index, bool, prop::sample::Index, u64)> },
+    End {
+        seed: Vec<(prop::sample::Index, bool, prop::sample::Index, u64)>,
+    },
     Abandon,
-    Forget { task: prop::sample::Index },
+    Forget {
+        task: prop::sample::Index,
+    },
+    Narrow {
+        task: prop::sample::Index,
+        layer: prop::sample::Index,
+        space: bool,
+        start: prop::sample::Index,
+        count: u64,
+    },
     Reload,
 }
 
@@ -69,6 +86,8 @@ fn any_step() -> impl Strategy<Value = Step> {
         4 => prop::collection::vec(selected, 0..8).prop_map(|seed| Step::End { seed }),
         1 => Just(Step::Abandon),
         2 => any::<prop::sample::Index>().prop_map(|task| Step::Forget { task }),
+        2 => (any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<bool>(), any::<prop::sample::Index>(), 1_u64..30)
+            .prop_map(|(task, layer, space, start, count)| Step::Narrow { task, layer, space, start, count }),
         1 => Just(Step::Reload),
     ]
 }
@@ -148,6 +167,22 @@ fn apply(step: &Step, registry: &mut Registry, model: &mut Model) {
                 })
                 .collect();
             assert_eq!(freed, wanted, "forgetting frees what no other task uses, in canonical order");
+        }
+        Step::Narrow { task, layer, space, start, count } => {
+            if model.tasks.is_empty() || model.layers.is_empty() {
+                return;
+            }
+            let task = *model.tasks.keys().nth(task.index(model.tasks.len())).unwrap();
+            let (layer, space) = (layer.index(model.layers.len()), usize::from(*space));
+            let length = model.length(layer, space);
+            let start = start.index(length as usize) as u64;
+            let kept: Vec<u64> = (start..length.min(start + count)).collect();
+            let mask = Mask::from_indices(length, &kept).unwrap();
+            registry.narrow_task(TaskId(task), vec![(LayerId(layer as u32), SPACES[space].to_owned(), mask)]).unwrap();
+            let units = model.tasks.get_mut(&task).unwrap();
+            units.retain(|unit| (unit.0 as usize, unit.1) != (layer, space) || kept.contains(&unit.2));
+            let hash = registry.content_hash(TaskId(task), &BTreeMap::new()).unwrap_or("0".repeat(64));
+            registry.set_content_hash(TaskId(task), &hash).unwrap();
         }
         Step::Reload => {
             let bytes = registry.to_bytes();
