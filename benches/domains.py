@@ -2,10 +2,11 @@
 
     python benches/domains.py [--seeds 0,1,2] [--only NAME,NAME] [--work build/domains] [--table]
 
-The base models are trained by this script, once, on the stream's first domain (English) and a few passages of each other one, as a
-pretrained model has seen a little of everything (`--mix 0`: English alone): a Llama with a dense FFN of width 768, and a Mixtral with two experts
-of width 384, both of which a token uses, so that both have the same active parameters. Lifelong-MoE begins from the second, all else from
-the first; every stage has the same tokens. Each row is one run of `moses.train` in a process of its own; a row that is in
+The base models are trained by this script, once, on all of the stream's first two domains (English and code) and a few passages of
+each other one, as a pretrained model has seen a little of everything (`--mix 0`: those two alone): a Llama with a dense FFN of
+width 768, and a Mixtral with two experts of width 384, both of which a token uses, so that both have the same active parameters.
+Lifelong-MoE begins from the second, all else from the first, and full fine-tuning and joint training from the second as well; every
+stage has the same tokens. Each row is one run of `moses.train` in a process of its own; a row that is in
 benches/results/domains.json already is not measured again, so that an interrupted measurement goes on.
 """
 
@@ -24,7 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "domains.json"
 DOMAINS = ("english", "code", "german", "russian", "japanese")
 SIZES = {"num_train": 110, "num_eval": 8, "num_test": 24}
-VOCABULARY = 4096
+VOCABULARY = 2048
 WIDTHS = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -39,8 +40,8 @@ BASES: dict[str, dict[str, Any]] = {
 }
 TRAINING: dict[str, Any] = {
     "epochs": 2,
-    "batch_size": 16,
-    "learning_rate": 1e-3,
+    "batch_size": 8,
+    "learning_rate": 2e-3,
     "warmup_ratio": 0.1,
     "max_length": 128,
     "eval_modes": ["til"],
@@ -58,29 +59,31 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def streams(mix: int) -> tuple[Any, Any]:
-    """The stream that is learned, and the one of the base models: English, and `mix` passages of each other domain that the first leaves out."""
+    """The stream that is learned, and the one of the base models: all of the first two domains, and `mix` passages of each other one that the
+    first leaves out."""
     import dataclasses
 
     from moses.stream import Stream, load_stream
 
     whole = load_stream("domains", list(DOMAINS), **SIZES)
-    learned, base = [], []
-    for place, task in enumerate(whole.tasks):
-        held = task.train if place == 0 else task.train[:: max(1, len(task.train) // mix)][:mix] if mix else ()
+    known = load_stream("domains", list(DOMAINS[:2]), num_train=1000)
+    base = [row for task in known.tasks for row in task.train]
+    learned = list(whole.tasks[:2])
+    for task in whole.tasks[2:]:
+        held = task.train[:: max(1, len(task.train) // mix)][:mix] if mix else ()
         base += held
-        train = task.train if place == 0 else tuple(row for row in task.train if row not in held)
-        learned.append(dataclasses.replace(task, train=train))
+        learned.append(dataclasses.replace(task, train=tuple(row for row in task.train if row not in held)))
     mixed = dataclasses.replace(whole.tasks[0], name="base", train=tuple(base))
     return Stream("domains", tuple(learned)), Stream("base", (mixed,))
 
 
-def base_model(name: str, seed: int, mix: int, work: Path, epochs: int) -> Path:
+def base_model(name: str, mix: int, work: Path, epochs: int) -> Path:
     """The folder of a base model, trained where it is not there. Two processes do not train the same one."""
     import moses
     from moses.growth.folder import save_model
     from moses.scratch import make_model, make_tokenizer
 
-    folder = work / f"base-{name}-mix{mix}-seed{seed}"
+    folder = work / f"base-{name}-mix{mix}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (work / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -90,7 +93,7 @@ def base_model(name: str, seed: int, mix: int, work: Path, epochs: int) -> Path:
         # a pretrained tokenizer knows all of its languages; this one has read the training texts of all domains
         texts = [row.answer for task in (*base.tasks, *learned.tasks) for row in task.train]
         tokenizer = make_tokenizer(texts, VOCABULARY)
-        model = make_model(WIDTHS | BASES[name], tokenizer, seed)
+        model = make_model(WIDTHS | BASES[name], tokenizer)
         started = time.monotonic()
         run = moses.train(
             model,
@@ -98,7 +101,6 @@ def base_model(name: str, seed: int, mix: int, work: Path, epochs: int) -> Path:
             stream=base,
             method="finetune",
             output_dir=work / f"{folder.name}-run",
-            seed=seed,
             resume=True,
             settings=TRAINING | {"epochs": epochs},
         )
@@ -127,7 +129,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, An
     torch.set_num_threads(arguments.threads)
     method, base, settings = VARIANTS[name]
     extra = {pair.split("=", 1)[0]: json.loads(pair.split("=", 1)[1]) for pair in arguments.set}
-    folder = base_model(base, seed, arguments.mix, arguments.work, arguments.base_epochs)
+    folder = base_model(base, arguments.mix, arguments.work, arguments.base_epochs)
     learned, _ = streams(arguments.mix)
     model, _, _ = load_model(str(folder))
     active = active_parameters(model, 2)
@@ -218,7 +220,7 @@ def main() -> None:
     parser.add_argument(
         "--mix", type=int, default=30, help="passages of each later domain that the base model has read"
     )
-    parser.add_argument("--base-epochs", type=int, default=4)
+    parser.add_argument("--base-epochs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("build/domains"))
     parser.add_argument("--table", action="store_true", help="print the rows measured so far as Markdown")

@@ -14,18 +14,21 @@ from typing_extensions import Buffer
 
 __all__ = [
     "Block",
+    "Checkpoint",
     "FileInfo",
     "LayerInfo",
     "Mask",
     "Registry",
     "SpaceInfo",
     "Store",
+    "SurgeryJob",
     "TaskInfo",
     "atomic_write",
     "blake3_hex",
     "combine",
     "combine_backward_rows",
     "combine_backward_weights",
+    "compare_checkpoints",
     "cuda_source",
     "dispatch_plan",
     "error_codes",
@@ -507,3 +510,55 @@ def gate_backward(
     threads: int,
 ) -> None:
     """With `grad` for what `gate_forward` gives: that again into `out`, and the hidden rows' gradient into `grad_hidden`."""
+
+@final
+class Checkpoint:
+    """A checkpoint folder of transformers, opened and checked from its headers alone."""
+
+    @staticmethod
+    def open(path: str | PathLike[str]) -> Checkpoint:
+        """Raises `FormatError` (`checkpoint_invalid`, `shard_path`, `shard_missing`, `shard_extra`, `tensor_missing`, `tensor_unlisted`,
+        `weights_pickled`, `experts_misfit`, `safetensors_invalid`), `SurgeryError` (`tensor_unknown`), OSError.
+        """
+
+    def describe(self) -> str:
+        """Model type, layers with experts, shards, dtypes and bytes, as JSON."""
+
+    def expert_norms(self) -> list[tuple[str, list[float]]]:
+        """The Euclidean norm of each expert's weights, by layer; reads them all. Raises `SurgeryError`, OSError."""
+
+@final
+class SurgeryJob:
+    """Work on checkpoints: a list of byte moves."""
+
+    @staticmethod
+    def plan(
+        sources: Sequence[Checkpoint],
+        plan: str,
+        operation: str,
+        layout: str | None = None,
+        uneven: bool = False,
+        in_place: bool = False,
+    ) -> SurgeryJob:
+        """Plan by the JSON of a `SurgeryPlan`; nothing is read but headers. Raises `SurgeryError`."""
+
+    def describe(self, linked: bool) -> str:
+        """Tensors by fate, shards, files, bytes read and written, notes, as JSON."""
+
+    def run(
+        self,
+        out: str | PathLike[str],
+        link: bool = False,
+        hash: bool = False,  # noqa: A002
+        progress: Any = None,
+    ) -> tuple[Any, int]:
+        """Do it: the output's folder as a path, and the bytes of its shards that were written.
+
+        `progress(done, total)` is called some times a second; what it raises stops the work. Raises `SurgeryError`, OSError;
+        then nothing is left behind.
+        """
+
+def compare_checkpoints(
+    out: Checkpoint, sources: Sequence[Checkpoint], plan: str
+) -> tuple[int, int, int, int, list[tuple[str, str]]]:
+    """Whether `out` is what the plan makes of `sources`: tensors, experts and gate rows that are the same, new experts, problems."""

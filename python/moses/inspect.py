@@ -16,6 +16,7 @@ from moses import _core
 from moses.errors import FormatError, ModelError
 from moses.run_config import RunConfig
 from moses.run_files import CONFIG, REGISTRY
+from moses.surgery.checkpoint import MODEL_TYPES, open_checkpoint
 from moses.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
@@ -204,6 +205,7 @@ def _describe_checkpoint(path: Path, paths: list[Path]) -> dict[str, Any]:
         by_dtype[tensor["dtype"]] = by_dtype.get(tensor["dtype"], 0) + tensor["bytes"]
     config_path = path / CONFIG
     config = read_json(config_path, config_path.read_bytes()) if config_path.is_file() else {}
+    experts = open_checkpoint(path).document if config.get("model_type") in MODEL_TYPES else None
     return {
         "kind": "checkpoint",
         "path": str(path),
@@ -223,7 +225,11 @@ def _describe_checkpoint(path: Path, paths: list[Path]) -> dict[str, Any]:
         "bytes": sum(tensor["bytes"] for tensor in tensors),
         "bytes_by_dtype": by_dtype,
         "tensors": tensors,
-    }
+    } | (
+        {}
+        if experts is None
+        else {key: experts[key] for key in ("top_k", "groups", "superseded", "layers", "left_out")}
+    )
 
 
 def _tensors(file: TensorFile) -> list[dict[str, Any]]:

@@ -6,16 +6,20 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import safetensors
 
 from . import _core
+from .config import TrainConfig, to_json
 from .errors import FormatError
+from .methods import method_class
 from .metrics import transfer_metrics
 from .run_config import RunConfig
 from .run_files import PROGRESS
+from .stream.identify import IdentifierConfig
 from .stream.task import LOWER_IS_BETTER, Stream
 
 Row = list[float | None]
@@ -81,6 +85,8 @@ def results_document(config: RunConfig, stream: Stream, done: RunProgress, regis
             if complete
             else dict.fromkeys(METRICS)
         )
+        if not method_class(config.method).one_by_one:
+            metrics |= dict.fromkeys(("bwt", "fwt", "forgetting"))
         document[mode] = {"matrix": matrix, "metrics": metrics} if matrix else None
         if done.online and matrix:  # there is one row, after the whole stream
             document[mode]["metrics"]["op"] = mean_score(matrix[-1])
@@ -99,9 +105,34 @@ def results_document(config: RunConfig, stream: Stream, done: RunProgress, regis
         "similar": done.similar,
         "expert_use": done.expert_use,
         "seconds": done.seconds,
+        "command": command(config),
         "config": json.loads(config.to_bytes()),
         "environment": environment(),
     }
+
+
+def command(config: RunConfig) -> str:
+    """The command line that makes such a run, with every setting that is not the default; RUN, and MODEL or STREAM where one was given in
+    memory, are left open."""
+    stream = config.stream
+    words = ["moses", "train", "--model", config.model.source or "MODEL"]
+    if stream is not None:
+        words += ["--stream", stream.source or "STREAM", "--tasks", ",".join(stream.tasks)]
+    words += ["--method", config.method, "--out", "RUN"]
+    plain = {**to_json(method_class(config.method).config_class()), **to_json(TrainConfig())}
+    chosen = {**config.method_config, **config.train_config}
+    settings = {key: value for key, value in chosen.items() if key not in plain or plain[key] != value}
+    seed = settings.pop("seed", 0)
+    words += ["--seed", str(seed)] if seed else []
+    identifier = to_json(IdentifierConfig())
+    settings |= {
+        f"identifier.{key}": value for key, value in config.identifier_config.items() if identifier.get(key) != value
+    }
+    if config.model.source is not None:
+        settings["dtype"] = config.model.dtype
+    for key, value in settings.items():
+        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join(words)
 
 
 def mean_score(row: Row) -> float | None:

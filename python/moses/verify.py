@@ -7,16 +7,18 @@ the files of those tasks that own them, and, against an older copy, the bits the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from moses import _core
-from moses.errors import FormatError
+from moses.errors import FormatError, SurgeryError
 from moses.frozen import check_tasks, compare_tasks
 from moses.inspect import INDEX, MANIFEST, neither, open_run, read_json
 from moses.report import PAGE, PICTURES, read_results
-from moses.run_files import LOG, REGISTRY, RESULTS, TRAINER
+from moses.run_files import CONFIG, LOG, REGISTRY, RESULTS, TRAINER
+from moses.surgery.checkpoint import MODEL_TYPES, open_checkpoint
+from moses.surgery.compare import verify as compare_with_sources
 from moses.tensorfile import TensorFile
 from moses.verdict import COPY, Verdict, problem_of
 
@@ -25,18 +27,25 @@ BESIDE = frozenset((*_STORE, RESULTS, LOG, PAGE, *PICTURES))
 """Files of a run folder that the manifest does not name."""
 
 
-def verify_path(path: str | Path, against: str | Path | None = None) -> Verdict:
-    """Check a run folder, or a checkpoint's headers and index; with `against`, also the bits of an older copy's tasks.
+def verify_path(path: str | Path, against: str | Path | Sequence[str | Path] | None = None) -> Verdict:
+    """Check a run folder, or a checkpoint's headers, index and experts; with `against`, also the bits of an older copy's tasks,
+    or of the checkpoints that surgery made this one of.
 
     What is wrong with the content is in the verdict. Raises MosesError or OSError where `path` is nothing that can be
     checked (it is not there, it is no run), or `against` no run that can be compared with.
     """
     path = Path(path)
     if not (path / MANIFEST).exists():
-        if against is not None:
+        if against is not None and not (path / CONFIG).exists():
             with _core.Store.open(path):  # says what is missing
                 pass
+        if against is not None:
+            return _compare_checkpoint(path, [against] if isinstance(against, (str, Path)) else list(against))
         return _verify_checkpoint(path)
+    if against is not None and not isinstance(against, (str, Path)):
+        if len(against) > 1:
+            raise SurgeryError(f"{path}: a run is compared with one copy; give --against once", code="bad_choice")
+        against = against[0]
     verdict = Verdict(str(path), "run", None if against is None else str(against))
     try:
         store = _core.Store.open(path)
@@ -113,6 +122,25 @@ def _verify_checkpoint(path: Path) -> Verdict:
         document = verdict.caught(index, lambda: read_json(index, index.read_bytes()))
         if document is not None:
             _check_index(verdict, index, document.get("weight_map"), headers)
+    config = path / CONFIG
+    if path.is_dir() and config.is_file():
+        document = verdict.caught(config, lambda: read_json(config, config.read_bytes()))
+        if document is not None and document.get("model_type") in MODEL_TYPES and not verdict.problems:
+            verdict.caught(path, partial(open_checkpoint, path))
+    return verdict
+
+
+def _compare_checkpoint(path: Path, sources: Sequence[str | Path]) -> Verdict:
+    """Every kept tensor, expert and gate row is, bit for bit, that of the checkpoints it was made of."""
+    verdict = Verdict(str(path), "checkpoint", ", ".join(map(str, sources)))
+    if path.is_dir():
+        verdict.num_files = len(list(path.glob("*.safetensors")))
+    found = compare_with_sources(path, sources)
+    for what, problem in found.problems:
+        verdict.add(path, "not_identical", f"{what}: {problem}", "run the surgery again")
+    verdict.notes.append(
+        f"{found.tensors} tensors, {found.experts} experts and {found.rows} gate rows are bit-identical; {found.new} experts are new"
+    )
     return verdict
 
 

@@ -27,6 +27,7 @@ TEXT = (
 )
 SCRIPT = """
 import sys, torch, transformers as hf
+torch.set_num_threads(1)
 model, info = hf.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info
 ids = hf.AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[3], return_tensors="pt").input_ids

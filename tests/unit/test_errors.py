@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -119,6 +121,110 @@ def rows(index: int) -> None:
     _core.gather(np.zeros((1, 4), np.uint8), 4, order, inverse, 1, np.zeros((1, 4), np.uint8), 1)
 
 
+def mixture(folder: Path, gate: int = 2, name: str = "source", **config: object) -> Path:
+    """A Mixtral of one layer, two experts and nothing else, in one indexed shard."""
+    path = folder / name
+    path.mkdir()
+    block = "model.layers.0.block_sparse_moe"
+    names = [f"{block}.experts.{expert}.{part}.weight" for expert in (0, 1) for part in ("w1", "w2", "w3")]
+    shapes = {f"{block}.gate.weight": [gate, 1]} | {name: [1, 1] for name in names} | {"norm.weight": [1]}
+    header, end = {}, 0
+    for tensor, shape in shapes.items():
+        begin, end = end, end + 4 * shape[0]
+        header[tensor] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    (path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    index(path, dict.fromkeys(shapes, "m.safetensors"))
+    fields = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1} | config
+    (path / "config.json").write_text(json.dumps(fields))
+    return path
+
+
+def index(path: Path, weight_map: dict[str, str]) -> Path:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def indexed(path: Path, change: Callable[[dict[str, str]], object]) -> None:
+    names = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    change(names)
+    _core.Checkpoint.open(index(path, names))
+
+
+def job(path: Path, *slots: object, layout: str | None = None, **fields: object) -> _core.SurgeryJob:
+    from moses.surgery import LayerSurgery, Slot, SurgeryPlan
+
+    made = [slot if isinstance(slot, Slot) else Slot((slot,)) for slot in slots]
+    layers = (LayerSurgery("model.layers.0", 2, tuple(made)),) if made else ()
+    plan = SurgeryPlan(layers, **fields).to_json()
+    return _core.SurgeryJob.plan([_core.Checkpoint.open(path)], plan, "test", layout)
+
+
+def extra(path: Path, name: str) -> Path:
+    (path / name).write_bytes(b"")
+    return path
+
+
+def deep(folder: Path, kept: list[int]) -> None:
+    """Two layers of four experts in two groups, the first of which keeps fewer."""
+    from moses.surgery import LayerSurgery, Slot, SurgeryPlan
+
+    path = folder / "deep"
+    path.mkdir()
+    header: dict[str, object] = {}
+    begin = 0
+    for layer in (0, 1):
+        block = f"model.layers.{layer}.mlp"
+        for name, shape in (
+            ("gate.weight", [4, 1]),
+            ("experts.gate_up_proj", [4, 2, 1]),
+            ("experts.down_proj", [4, 1, 1]),
+        ):
+            size = 8 if "up" in name else 4
+            header[f"{block}.{name}"] = {"dtype": "U8", "shape": shape, "data_offsets": [begin, begin + size]}
+            begin += size
+    text = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(begin))
+    config = {
+        "model_type": "deepseek_v2",
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 1,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    (path / "config.json").write_text(json.dumps(config | {"topk_method": "group_limited_greedy"}))
+    plan = SurgeryPlan((LayerSurgery("model.layers.0", 4, tuple(Slot((expert,)) for expert in kept)),))
+    _core.SurgeryJob.plan([_core.Checkpoint.open(path)], plan.to_json(), "test")
+
+
+def changed_source(folder: Path) -> None:
+    planned = job(mixture(folder), 1)
+    extra(folder / "source", "m.safetensors")
+    planned.run(folder / "out")
+
+
+def busy(folder: Path) -> None:
+    (folder / ".out.moses-surgery").mkdir()
+    held = os.open(folder / ".out.moses-surgery", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        job(mixture(folder), 1).run(folder / "out")
+    finally:
+        os.close(held)
+
+
+def strange(folder: Path) -> Path:
+    """A gate with a tensor that no layout has."""
+    path = mixture(folder)
+    stray = "model.layers.0.block_sparse_moe.gate.b"
+    raw = (path / "m.safetensors").read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = raw[8:end].replace(b"norm.weight", stray.encode())
+    (path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
+    names = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    return index(path, {stray if name == "norm.weight" else name: shard for name, shard in names.items()})
+
+
 CASES: dict[str, Callable[[Path], object]] = {
     "dispatch_arguments": lambda _: plan([0, 1], 3),
     "expert_id_range": lambda _: plan([0, 2], 1),
@@ -165,7 +271,29 @@ CASES: dict[str, Callable[[Path], object]] = {
     "file_unknown": lambda folder: store(folder).read("b"),
     "file_missing": lambda folder: missing(folder).read("a"),
     "path_taken": lambda folder: taken(folder).commit({"b": b""}),
+    "checkpoint_invalid": lambda folder: _core.Checkpoint.open(mixture(folder, num_local_experts=3)),
+    "shard_path": lambda folder: indexed(mixture(folder), lambda names: names.update(a="../m.safetensors")),
+    "shard_missing": lambda folder: indexed(mixture(folder), lambda names: names.update(a="n.safetensors")),
+    "shard_extra": lambda folder: _core.Checkpoint.open(extra(mixture(folder), "n.safetensors")),
+    "tensor_missing": lambda folder: indexed(mixture(folder), lambda names: names.update(a="m.safetensors")),
+    "tensor_unlisted": lambda folder: indexed(mixture(folder), lambda names: names.pop("norm.weight")),
+    "weights_pickled": lambda folder: indexed(mixture(folder), lambda names: names.update(a="m.bin")),
+    "experts_misfit": lambda folder: _core.Checkpoint.open(mixture(folder, gate=3)),
+    "model_type_unknown": lambda folder: job(mixture(folder, model_type="other"), 1),
+    "plan_misfit": lambda folder: _core.SurgeryJob.plan([_core.Checkpoint.open(mixture(folder))], "{}", "test"),
+    "top_k_too_large": lambda folder: job(mixture(folder, num_experts_per_tok=2), 1),
+    "tensor_unknown": lambda folder: _core.Checkpoint.open(strange(folder)),
+    "surgery_unsupported": lambda folder: job(mixture(folder), layout="mxfp4"),
+    "output_exists": lambda folder: job(mixture(folder), 1).run(folder / "source"),
+    "output_inside": lambda folder: job(mixture(folder), 1).run(folder / "source" / "out"),
+    "source_changed": changed_source,
+    "surgery_busy": busy,
+    "groups_misfit": lambda folder: deep(folder, [0]),
+    "uneven_experts": lambda folder: deep(folder, [0, 1]),
 }
+
+# rust/moses-core/src/surgery/tests.rs gives these: a disk that is too small, and work that is stopped.
+OF_A_DISK = {"no_space", "cancelled"}
 
 # Only a disk that fails in the middle of a commit gives these: store/tests.rs and test_io_faults.py do.
 OF_A_FAILING_DISK = {"commit_not_durable", "commit_unknown"}
@@ -178,7 +306,7 @@ def closed_tasks() -> Registry:
 
 
 def test_every_code_has_a_case() -> None:
-    assert set(CASES) | OF_A_FAILING_DISK == set(error_codes())
+    assert set(CASES) | OF_A_FAILING_DISK | OF_A_DISK == set(error_codes())
 
 
 @pytest.mark.parametrize("code", sorted(CASES))

@@ -13,11 +13,15 @@ import transformers as hf
 
 import moses
 from moses import checkpoint, training
-from moses.errors import ConfigError, FormatError, ModelError, RegistryError, SurgeryError
+from moses.errors import ConfigError, FormatError, ModelError, RegistryError, RunError, StoreError, SurgeryError
+from moses.growth.folder import load_folder
 from moses.growth.growing import GrowingLayer
+from moses.growth.layer import route
 from moses.inspect import inspect_path
 from moses.methods import method_class
+from moses.models import load_model
 from moses.progress import Progress
+from moses.run_surgery import extract_run, grow_run, prune_run
 from moses.stream import load_stream
 from moses.verify import verify_path
 
@@ -33,11 +37,15 @@ SETTINGS = {
 QUICK = {"epochs": 1, "eval_modes": ["til"], "eval_rows": "final"}
 
 
-def train(folder, out, name, **more):
-    """A run on a few examples of three tasks."""
+def small_stream():
+    """A few examples of three tasks."""
     stream = load_stream("tiny")
     tasks = tuple(dataclasses.replace(task, train=task.train[:8], test=task.test[:2]) for task in stream.tasks)
-    stream = dataclasses.replace(stream, tasks=tasks)
+    return dataclasses.replace(stream, tasks=tasks)
+
+
+def train(folder, out, name, **more):
+    stream = small_stream()
     settings = SETTINGS | more.pop("settings", {})
     return training.train(
         str(folder), None, stream, name, out, settings=settings, progress=Progress(quiet=True), **more
@@ -196,12 +204,123 @@ def test_forgetting_an_early_task_moves_its_experts_to_who_uses_them(finished, t
         assert torch.equal(loaded(input_ids=ids).logits, run.model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_an_interrupted_run_resumes_to_the_same_results(name, tiny_folder, tmp_path, monkeypatch):
-    def run(out, **more):
-        train(tiny_folder, out, name, settings=QUICK, **more)
+def answers(model, task):
+    with torch.no_grad(), model.task(task):
+        return model(input_ids=batch(4) % 50).logits
 
-    run(tmp_path / "whole")
+
+def test_a_run_grows_by_a_task_that_nobody_trained(finished, tmp_path):
+    name, source, run = finished
+    out = tmp_path / "grown"
+    if name == "pangu-sigma":
+        with pytest.raises(SurgeryError) as caught:
+            grow_run(source, out)
+        assert caught.value.code == "needs_training" and not out.exists()
+        return
+    done = grow_run(source, out, add=2, source="most-used")
+    assert {count - done.experts_before[path] for path, count in done.experts_after.items()} == {2}
+    assert done.bytes_after > done.bytes_before and not verify_path(out, against=source).problems
+    grown, before = moses.load(out), moses.load(source)
+    for task in run.results["tasks"]:
+        assert torch.equal(answers(grown, task), answers(before, task))
+    assert torch.isfinite(answers(grown, "grown-3")).all()
+    forgotten = checkpoint.forget_task(out, "grown-3")
+    assert forgotten["bytes_freed"] == 2 * (3 * 48 * 32 + 32) * 4
+    for settings, code in (
+        ({"source": 99}, "unknown_expert"),
+        ({"add": 0}, "bad_plan"),
+        ({"layers": [7]}, "unknown_layer"),
+        ({"source": "best"}, "bad_plan"),
+    ):
+        with pytest.raises(SurgeryError) as caught:
+            grow_run(source, tmp_path / "no", **settings)
+        assert caught.value.code == code and not (tmp_path / "no").exists()
+
+
+def test_a_run_is_pruned_with_a_report_and_ids_stay(finished, tmp_path):
+    name, source, run = finished
+    stream, out = small_stream(), tmp_path / "pruned"
+    if name == "pangu-sigma":
+        with pytest.raises(SurgeryError) as caught:
+            prune_run(source, out, experts=[1], stream=stream)
+        assert caught.value.code == "expert_in_use" and not out.exists()
+        return
+    dry = prune_run(source, to=4, stream=stream, dry_run=True)
+    assert dry.path is None and set(dry.scores_before) == set(dry.scores_after) == set(run.results["tasks"])
+    done = prune_run(source, out, to=4, stream=stream)
+    assert set(done.experts_after.values()) == {4} and done.experts_after == dry.experts_after
+    assert done.bytes_after < done.bytes_before and not verify_path(out).problems
+    pruned, before = moses.load(out), moses.load(source)
+    ids = {layer.name: layer.expert_ids for layer in before.registry.layers()}
+    assert {layer.name: layer.expert_ids for layer in pruned.registry.layers()} == ids
+    assert [task.id for task in pruned.registry.tasks()] == [task.id for task in before.registry.tasks()]
+    use = before._answering.total_use("model.layers.1.mlp")
+    kept = sorted(range(1, 7), key=lambda expert: (-int(use[expert]), expert))[:3]
+    expected = before._answering.layers["model.layers.1.mlp"].into[[0, *sorted(kept)]]
+    assert torch.equal(pruned._answering.layers["model.layers.1.mlp"].into, expected)
+    whole = prune_run(source, tmp_path / "same", keep_usage=1.0, stream=stream, calibrate=stream, by="use")
+    assert set(whole.experts_after.values()) <= {5, 6, 7}
+    small = prune_run(source, budget=3 * (3 * 48 * 32 + 32) * 4, stream=stream, dry_run=True)
+    assert set(small.experts_after.values()) == {4}
+    for settings, code in (
+        ({"to": 0}, "no_expert_left"),
+        ({"experts": [0]}, "base_expert"),
+        ({"experts": [9]}, "unknown_expert"),
+        ({"budget": -1}, "budget_too_small"),
+        ({"to": 4, "experts": [1]}, "bad_plan"),
+        ({"to": 4, "by": "norm"}, "bad_plan"),
+        ({"keep_usage": 0.0}, "bad_plan"),
+    ):
+        with pytest.raises(SurgeryError) as caught:
+            prune_run(source, tmp_path / "no", stream=stream, **settings)
+        assert caught.value.code == code and not (tmp_path / "no").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # the shared expert of width 0
+def test_a_domain_is_extracted_to_a_folder(finished, tmp_path):
+    name, source, run = finished
+    task, ids = run.results["tasks"][1], batch(4) % 50
+    full = moses.load(source)
+    expected = answers(full, task)
+    done = extract_run(source, task, tmp_path / "sub")
+    close = {"rtol": 0.0, "atol": 1e-5 * float(expected.abs().max())}
+    if name == "pangu-sigma":
+        assert done["model_type"] == "moses"
+        found = load_folder(tmp_path / "sub")
+        with torch.no_grad(), route(token_ids=ids, domains=0):
+            assert torch.equal(found(input_ids=ids).logits, expected)
+        merged = extract_run(source, task, tmp_path / "merged", merge_group=True, stream=small_stream())
+        assert merged["model_type"] == "llama" and merged["perplexity_before"] != merged["perplexity_after"]
+        dense = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert torch.isfinite(dense(input_ids=ids).logits).all()
+    else:
+        found = load_model(str(tmp_path / "sub"))[0]
+        with torch.no_grad():
+            torch.testing.assert_close(found(input_ids=ids).logits, expected, **close)
+    with pytest.raises(RunError) as caught:
+        extract_run(source, "nowhere", tmp_path / "no")
+    assert caught.value.code == "unknown_domain" and not (tmp_path / "no").exists()
+    with pytest.raises(StoreError):
+        extract_run(source, task, tmp_path / "sub")
+
+
+def test_a_group_of_one_expert_is_a_plain_dense_model(tiny_folder, tmp_path):
+    run = train(tiny_folder, tmp_path / "run", "pangu-sigma", settings=QUICK | {"experts_per_group": 1})
+    task = run.results["tasks"][0]
+    done = extract_run(tmp_path / "run", task, tmp_path / "sub")
+    assert done["model_type"] == "llama"
+    expected = answers(run.model.eval(), task)
+    with torch.no_grad():
+        found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "sub")(input_ids=batch(4) % 50).logits
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_an_interrupted_run_resumes_to_the_same_results(finished, tiny_folder, tmp_path, monkeypatch):
+    name, whole, _ = finished
+
+    def run(out, **more):
+        train(tiny_folder, out, name, **more)
+
     cls, calls = method_class(name), []
     end_task = cls.end_task
 
@@ -216,7 +335,7 @@ def test_an_interrupted_run_resumes_to_the_same_results(name, tiny_folder, tmp_p
         run(tmp_path / "part")
     monkeypatch.undo()
     run(tmp_path / "part", resume=True)
-    assert not verify_path(tmp_path / "part", against=tmp_path / "whole").problems
+    assert not verify_path(tmp_path / "part", against=whole).problems
 
 
 @pytest.mark.parametrize("maker", [mixtral, qwen2_moe])

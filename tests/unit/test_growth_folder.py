@@ -142,6 +142,26 @@ def test_every_router_is_written_with_its_settings(name, tiny_model, tmp_path):
     assert list(mine) == ["transformer.h.1"] and mine["transformer.h.1"].load.sum() > 0
 
 
+def test_a_loaded_table_knows_the_tokens_of_every_call(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = MixtureFFN(
+        32, 12, routers.RandomRouter(97, 2, 2, seed=3), block="model.layers.1"
+    ).eval()
+    again = load_folder(save_model(model, tmp_path / "table"))
+    for domain in (0, 1):
+        with torch.no_grad(), route(token_ids=IDS, domains=domain):
+            expected = model(input_ids=IDS).logits
+        with torch.no_grad(), route(domains=domain):
+            assert torch.equal(again(input_ids=IDS).logits, expected)
+    with torch.no_grad():  # domain 0 where none is named
+        assert not torch.equal(again(input_ids=IDS).logits, expected)
+        assert torch.equal(again(IDS).logits, again(input_ids=IDS).logits)
+    mask = torch.ones_like(IDS)
+    grown = again.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    with torch.no_grad():  # cached steps route the new token alone
+        assert torch.equal(grown[0, -1], again(input_ids=grown[:, :-1]).logits[0, -1].argmax())
+
+
 def test_half_precision_keeps_its_bits(tmp_path, tiny_model):
     model = upcycle(tiny_model("gemma").to(torch.bfloat16), 3, every=1)
     again = load_folder(save_model(model, tmp_path / "half"))

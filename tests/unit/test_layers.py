@@ -38,7 +38,7 @@ LAYERS = (
     ("budget", "segments"),
     ("session",),
     ("online",),
-    ("training", "generate"),
+    ("run_surgery", "training", "generate"),
     ("cli", "__main__"),
 )
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}

@@ -14,7 +14,7 @@ from typing import cast
 
 import typer
 
-from moses.cli import growing, reading, running
+from moses.cli import growing, reading, running, surgery
 from moses.cli.output import one_line
 from moses.errors import MosesError
 
@@ -40,6 +40,7 @@ app = typer.Typer(
 running.register(app)
 growing.register(app)
 reading.register(app)
+surgery.register(app)
 
 
 def _show_version(wanted: bool) -> None:

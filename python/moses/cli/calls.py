@@ -70,3 +70,18 @@ def forget(run: Path, task: str) -> dict[str, Any]:
     from moses.checkpoint import forget_task
 
     return forget_task(run, task)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run of moses rather than a checkpoint."""
+    return (path / "manifest.json").exists()
+
+
+def surgery_of_run(operation: str, run: Path, out: Path | None) -> None:
+    """Prune, grow or extract a run of moses. Raises SurgeryError: a run is changed as a live model."""
+    from moses.errors import SurgeryError
+
+    raise SurgeryError(
+        f"{run}: {operation} works on checkpoints, and this is a run of moses; load it with moses.load and change the model",
+        code="is_a_run",
+    )

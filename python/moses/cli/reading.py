@@ -26,10 +26,20 @@ def report(
         Path | None, typer.Option("--out", metavar="DIR", help="Where to write; the run folder by default.")
     ] = None,
 ) -> None:
-    """Write a self-contained page, and pictures."""
-    from moses.report import write_report
+    """Write a self-contained page, and pictures.
 
-    typer.echo(write_report(run, out))
+    What backs the six properties of lifelong learning is shown as well; the last line says where the page is.
+    """
+    from moses.cli.output import print_fields, print_table
+    from moses.report import read_results, write_report
+    from moses.report.properties import HEAD, command_of, properties
+
+    page = write_report(run, out)
+    results = read_results(run)
+    rows = [[found.name, found.shown, found.how] for found in properties(results)]
+    print_table("lifelong-learning properties", HEAD, rows, num_text=3)
+    print_fields([("made by", command_of(results))])
+    typer.echo(page)
 
 
 def compare(
@@ -38,8 +48,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Show runs side by side."""
-    from moses.cli.output import print_json, print_table
-    from moses.report.compare import HEAD, compare_page, compare_runs
+    from moses.cli.output import print_fields, print_json, print_table
+    from moses.report.compare import HEAD, compare_page, compare_runs, property_rows
 
     rows = compare_runs(runs)
     if html is not None:
@@ -50,6 +60,11 @@ def compare(
         print_json([row.as_dict() for row in rows])
     else:
         print_table("", HEAD, [row.cells() for row in rows], num_text=2)
+        if any(row.lower_is_better for row in rows):
+            print("OP, BWT and FWT are perplexities: lower is better, a BWT above 0 is a loss\n")
+        names = [row.run for row in rows]
+        print_table("lifelong-learning properties", ["property", *names], property_rows(rows), num_text=1 + len(rows))
+        print_fields([(f"{row.run}, made by", row.command) for row in rows])
 
 
 def inspect(path: AnyPath, as_json: AsJson = False) -> None:
@@ -72,8 +87,12 @@ def inspect(path: AnyPath, as_json: AsJson = False) -> None:
 def verify(
     path: AnyPath,
     against: Annotated[
-        Path | None,
-        typer.Option("--against", metavar="OLD", help="An older copy: its tasks must be the same, bit for bit."),
+        list[Path] | None,
+        typer.Option(
+            "--against",
+            metavar="OLD",
+            help="An older copy of a run, or what a checkpoint was made of: what was kept must be the same, bit for bit.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -83,7 +102,7 @@ def verify(
     """
     from moses.verify import verify_path
 
-    verdict = verify_path(path, against)
+    verdict = verify_path(path, against or None)
     _finish(verdict.as_dict(), as_json, "show_verdict")
 
 

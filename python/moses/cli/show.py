@@ -148,6 +148,8 @@ def _show_checkpoint(document: Document) -> None:
         ["name", "bytes", "tensors"],
         [[file["name"], format_bytes(file["bytes"]), file["tensors"]] for file in document["files"]],
     )
+    if "layers" in document:
+        _show_experts(document)
     groups: dict[tuple[str, str, str], list[Document]] = {}
     for tensor in document["tensors"]:
         shape = " x ".join(map(str, tensor["shape"])) or "one value"
@@ -157,3 +159,23 @@ def _show_checkpoint(document: Document) -> None:
         for (name, dtype, shape), group in groups.items()
     ]
     print_table("tensors", ["name", "dtype", "shape", "count", "bytes"], rows, num_text=3)
+
+
+def _show_experts(document: Document) -> None:
+    """The layers with experts: a row for each run of layers that are alike."""
+    groups: dict[tuple[object, ...], list[Document]] = {}
+    for layer in document["layers"]:
+        gate = layer["gates"][0]
+        shape = " x ".join(map(str, gate["shape"]))
+        key = (_NUMBER.sub("*", layer["layer"]), layer["layout"], f"{gate['dtype']} {shape}", layer["experts"])
+        groups.setdefault(key, []).append(layer)
+    rows = [[*key, len(group), format_bytes(group[0]["expert_bytes"])] for key, group in groups.items()]
+    token = f"experts, {document['top_k'] or NOTHING} a token"
+    if document["groups"] > 1:
+        token += f" of {document['groups']} groups"
+    print_table(token, ["layers", "layout", "gate", "experts", "count", "an expert"], rows, num_text=3)
+    if document["superseded"]["tensors"]:
+        stale = document["superseded"]
+        print_fields(
+            [("stale", f"{stale['tensors']} tensors, {format_bytes(stale['bytes'])}: hidden by a later shard")]
+        )

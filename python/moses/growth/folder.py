@@ -145,6 +145,7 @@ def load_folder(path: str | os.PathLike[str]) -> Any:
     from safetensors import safe_open
     from torch import nn
 
+    from .layer import follow_tokens
     from .layout import own_names
 
     folder = Path(path)
@@ -166,7 +167,8 @@ def load_folder(path: str | os.PathLike[str]) -> Any:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         model.load_state_dict({name: file.get_tensor(name) for name in expected}, strict=False, assign=True)
     model.tie_weights()
-    _require_tables(folder, model)
+    if _require_tables(folder, model):
+        follow_tokens(model)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -272,7 +274,8 @@ def _skeleton(document: dict[str, Any], device: str) -> Any:
     return model
 
 
-def _require_tables(folder: Path, model: Any) -> None:
+def _require_tables(folder: Path, model: Any) -> bool:
+    """Whether the model routes by tables, whose experts are all there."""
     from ..routers import RandomRouter
 
     for path, module in model.named_modules():
@@ -283,3 +286,4 @@ def _require_tables(folder: Path, model: Any) -> None:
                     f"{folder / WEIGHTS}: {path}.table names expert {low if low < 0 else high} of {module.num_experts}",
                     code="damaged_tensors",
                 )
+    return any(isinstance(module, RandomRouter) for module in model.modules())

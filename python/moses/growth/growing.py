@@ -171,6 +171,12 @@ class GrowingLayer(nn.Module):
             mine = getattr(self, name)
             setattr(self, name, torch.cat([mine, rows[name].to(mine.device, mine.dtype)]))
 
+    def keep(self, experts: Sequence[int]) -> None:
+        """Leave these frozen experts alone, in that order. There must be no free ones."""
+        assert not self.num_free
+        for name in self._names():
+            setattr(self, name, getattr(self, name)[list(experts)])
+
     def drop_free(self) -> None:
         """Give the free experts up."""
         for name in self._names():

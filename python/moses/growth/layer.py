@@ -10,9 +10,10 @@ says has no way out by the return value. It goes through the context instead, ne
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -39,6 +40,30 @@ def route(**routing: Any) -> Iterator[dict[str, RouterOutput]]:
         yield outputs
     finally:
         _ROUTING.reset(token)
+
+
+class _Tokens:
+    """Hooks that hand a model's token ids to its tables for the time of one forward."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Token[Any]] = []
+
+    def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routing, outputs = _ROUTING.get() or ({}, {})
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = {} if ids is None else {"token_ids": ids}
+        self.tokens.append(_ROUTING.set(({"domains": 0, **given, **routing}, outputs)))
+
+    def after(self, *_: Any) -> None:
+        if self.tokens:
+            _ROUTING.reset(self.tokens.pop())
+
+
+def follow_tokens(model: nn.Module) -> None:
+    """Let every forward of `model` hand its `input_ids`, and domain 0, to routers that take them; `route` still has the last word."""
+    hooks = _Tokens()
+    model.register_forward_pre_hook(hooks.before, with_kwargs=True)
+    model.register_forward_hook(hooks.after, always_call=True)
 
 
 class BiasedExperts(Experts):
@@ -114,6 +139,7 @@ class MixtureFFN(MoELayer):
             self.experts = BiasedExperts(d_model, d_ff, num_experts, kind, activation)
         self.d_model, self.d_ff, self.dropout, self.block = d_model, d_ff, dropout, block
         self.register_module("dense", dense)
+        self._keywords = frozenset(inspect.signature(router.forward).parameters) - {"x"}
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(..., D) to (..., D) of x's dtype; the router's keywords come from `route`.
@@ -122,7 +148,8 @@ class MixtureFFN(MoELayer):
             ModelError, DispatchError: as `MoELayer`.
         """
         context = _ROUTING.get()
-        y, said = super().forward(x, **({} if context is None else context[0]))
+        routing = {} if context is None else {k: v for k, v in context[0].items() if k in self._keywords}
+        y, said = super().forward(x, **routing)
         if context is not None:
             context[1][self.block] = said
         if self.dropout and self.training:

@@ -134,14 +134,15 @@ def _place(model: nn.Module, place: Mapping[str, Any]) -> None:
         made = PlainFFN(place["d_model"], place["d_ff"], place["experts"], place["activation"], place["bias"])
         made.to(like.dtype)
     elif kind == "resized":
-        _resize(model, path, place["num_experts"], place["top_k"])
+        resize(model, path, place["num_experts"], place["top_k"])
         return
     else:
         raise FormatError(f"layout of {path}: unknown kind {kind!r}", code="damaged_layout")
     model.set_submodule(path, made)
 
 
-def _resize(model: nn.Module, path: str, num_experts: int, top_k: int) -> None:
+def resize(model: nn.Module, path: str, num_experts: int, top_k: int) -> None:
+    """Give a mixture of the model's class another number of experts, whose weights are not set. Raises `FormatError` for k above E."""
     if not 1 <= top_k <= num_experts:
         raise FormatError(f"layout of {path}: top_k {top_k} of {num_experts} experts", code="damaged_layout")
     block = next(block for block in moe_blocks(model) if block.path == path)

@@ -30,9 +30,8 @@ def to_bytes(layer: GrowingLayer, experts: Sequence[int]) -> Tensor:
     """(bytes,) uint8 of these frozen experts."""
     index = list(experts)
     into, out = layer.into[index], layer.out[index]
-    parts = into.view(len(index), -1, out.shape[2], out.shape[1]).transpose(
-        1, 2
-    )  # (E, F, 2, D): a neuron's rows together
+    # (E, F, 2, D): a neuron's rows together
+    parts = into.view(len(index), 1 + layer.gated, out.shape[2], out.shape[1]).transpose(1, 2)
     neurons = torch.cat([parts, out.transpose(1, 2)[:, :, None]], dim=2)
     flat = [_bytes(neurons)]
     if layer.gate is not None:

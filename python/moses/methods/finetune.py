@@ -192,6 +192,7 @@ class JointMethod(WholeModelMethod):
     """All tasks are learned at the first one's place, from their examples mixed; nothing is trained at the others'."""
 
     name = "joint"
+    one_by_one = False
     config_class = JointConfig
 
     def trains_on(self, stream: Stream, index: int) -> Sequence[Task]:

@@ -8,7 +8,7 @@ forgetting one frees what no other uses.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import _core
-from ..errors import FormatError, ModelError
+from ..errors import FormatError, ModelError, SurgeryError
 from ..growth import values
 from ..growth.blocks import MoEBlock
 from ..growth.context import GrowthContext, follow_tokens
 from ..growth.ffns import DenseFFN
 from ..growth.install import install
+from ..growth.ledger import without_experts
 from ..growth.model import GrownModel, mix_in
 from ..models import kind_of
 from ..routes import RouterOutput
+from ..surgery.plan import Slot
 from .base import Method
 
 WEIGHTS, USE, TRUNK = "weights", "use", "trunk."
@@ -37,7 +39,8 @@ class GrowingMethod(Method):
     Attributes:
         context: shared by the layers.
         layers: by path, in the order of the blocks.
-        use: (L, E) int64 tokens that each expert was given in the training of each ended task, by the task's id.
+        use: (L, E) int64 tokens that each expert was given in the training of each ended task, by the task's id; E counts the registry's experts,
+            gone ones too.
     """
 
     random: ClassVar[bool]
@@ -106,14 +109,18 @@ class GrowingMethod(Method):
     def begin_task(self, name: str, domain: str | None, num_labels: int | None, similar_to: str | None) -> None:
         task = self.registry.begin_task(name, domain)
         self.grow(task, name, domain, similar_to)
-        for info in self.registry.layers():
-            layer = self.layers[info.name]
-            added = self.registry.add_experts(info.id, layer.num_free)
-            first = len(info.expert_ids)
-            self._units[info.name] += range(first, first + len(added))
-            self._load[info.name] = torch.zeros(layer.num_experts, dtype=torch.int64)
+        self._count_free()
         for parameter in self._trunk().values():
             parameter.requires_grad_(True)
+
+    def _count_free(self) -> None:
+        """Enter the free experts in the registry."""
+        for info in self.registry.layers():
+            layer, first = self.layers[info.name], len(info.expert_ids)
+            if layer.num_free:
+                self.registry.add_experts(info.id, layer.num_free)
+                self._units[info.name] += range(first, first + layer.num_free)
+            self._load[info.name] = torch.zeros(layer.num_experts, dtype=torch.int64)
 
     def end_task(self, name: str) -> None:
         task = self.registry.task(name).id
@@ -121,13 +128,93 @@ class GrowingMethod(Method):
             layer.freeze()
         for parameter in self._trunk().values():
             parameter.requires_grad_(False)
-        self.use[task] = self._table_of(self._load)
+        self.use[task] = self._use_table()
         self.remember(task, {})
         self.registry.end_task(task, list(self._masks(task)))
-        owned: dict[int, Any] = {
-            info.id: self._owned(info.id).numpy() for info in self.registry.tasks() if info.state == "ended"
+        self._set_hashes([task])
+
+    def add_experts(self, name: str, slots: Mapping[str, Sequence[Slot]], seed: int) -> None:
+        """Add a task that is not trained: the experts so far and new ones, by a layer's path, answer for it.
+
+        Raises:
+            SurgeryError: this method's experts come with their domain (`needs_training`).
+        """
+        if self.random:
+            raise SurgeryError(
+                f"{self.name} adds experts by training a domain, which gives them their token ids; use moses train",
+                code="needs_training",
+            )
+        task = self.registry.begin_task(name)
+        try:
+            for path, added in slots.items():
+                self.layers[path].grow(added, seed, task, path)
+        except SurgeryError:
+            for layer in self.layers.values():
+                layer.drop_free()
+            self.registry.abandon_task(task)
+            raise
+        self._count_free()
+        self.end_task(name)
+
+    def drop_experts(self, gone: Mapping[str, Sequence[int]]) -> None:
+        """Take experts, by a layer's path and their places in it, out of every task.
+
+        Raises:
+            SurgeryError: one is the base model's (`base_expert`), or has token ids of a domain (`expert_in_use`).
+        """
+        for path, places in gone.items():
+            layer, base = self.layers[path], self._base[path]
+            wrong = [place for place in places if place not in range(layer.num_experts)]
+            if wrong:
+                raise SurgeryError(
+                    f"{path}: has experts 0 to {layer.num_experts - 1}, not {wrong[0]}", code="unknown_expert"
+                )
+            if any(place < base for place in places):
+                raise SurgeryError(
+                    f"{path}: experts 0 to {base - 1} are the base model's, which a run does not hold; take out others",
+                    code="base_expert",
+                )
+            if self.random and places:
+                raise SurgeryError(
+                    f"{path}: expert {places[0]} has token ids of a domain; take the domain out by moses forget",
+                    code="expert_in_use",
+                )
+        numbers = {info.name: info.id for info in self.registry.layers()}
+        units = {
+            numbers[path]: frozenset(self._units[path][place] for place in places) for path, places in gone.items()
         }
-        self.registry.set_content_hash(task, self.registry.content_hash(task, owned))
+        self.registry = without_experts(self.registry, units)
+        for path, places in gone.items():
+            left = [place for place in range(self.layers[path].num_experts) if place not in set(places)]
+            self.layers[path].keep(left)
+            self._units[path] = [self._units[path][place] for place in left]
+        self.recount()
+        self._set_hashes([info.id for info in self.registry.tasks()])
+
+    def recount(self) -> None:
+        """Note again how tasks are answered, after experts have gone."""
+
+    def total_use(self, path: str) -> Tensor:
+        """(E,) int64 tokens that each expert of a layer was given in the training of all tasks."""
+        row, units = list(self.layers).index(path), self._units[path]
+        total = torch.zeros(max(units) + 1, dtype=torch.int64)
+        for table in self.use.values():
+            width = min(table.shape[1], total.shape[0])
+            total[:width] += table[row, :width]
+        return total[units]
+
+    def units(self, path: str, experts: Sequence[int]) -> list[int]:
+        """Numbers in the registry of these experts of a layer."""
+        return [self._units[path][expert] for expert in experts]
+
+    def trained_trunk(self) -> dict[str, Tensor]:
+        """The trunk's parameters by name, where they are trained; detached."""
+        return {name: parameter.detach() for name, parameter in self._trunk().items()}
+
+    @property
+    def base_experts(self) -> dict[str, int]:
+        """By a layer's path, the experts that are the base model's."""
+        return dict(self._base)
 
     @contextmanager
     def answer(self, name: str | None) -> Iterator[None]:
@@ -206,7 +293,7 @@ class GrowingMethod(Method):
     def _masks(self, task: int) -> Iterator[tuple[int, str, _core.Mask]]:
         for info in self.registry.layers():
             units = [self._units[info.name][place] for place in self.used_experts(task, info.name)]
-            for space in info.spaces:
+            for space in info.spaces if units else ():
                 per = space.units_per_expert
                 indices = np.concatenate([np.arange(unit * per, (unit + 1) * per) for unit in units])
                 yield info.id, space.name, _core.Mask.from_indices(space.length, indices)
@@ -228,6 +315,16 @@ class GrowingMethod(Method):
             parts.append(values.to_bytes(self.layers[info.name], experts))
         return torch.cat(parts)
 
-    def _table_of(self, counts: dict[str, Tensor]) -> Tensor:
-        widest = max(count.shape[0] for count in counts.values())
-        return torch.stack([torch.nn.functional.pad(count, (0, widest - count.shape[0])) for count in counts.values()])
+    def _set_hashes(self, tasks: Sequence[int]) -> None:
+        owned: dict[int, Any] = {
+            info.id: self._owned(info.id).numpy() for info in self.registry.tasks() if info.state == "ended"
+        }
+        for task in tasks:
+            self.registry.set_content_hash(task, self.registry.content_hash(task, owned))
+
+    def _use_table(self) -> Tensor:
+        widest = max(len(info.expert_ids) for info in self.registry.layers())
+        table = torch.zeros((len(self.layers), widest), dtype=torch.int64)
+        for row, (path, load) in enumerate(self._load.items()):
+            table[row, self._units[path]] = load
+        return table

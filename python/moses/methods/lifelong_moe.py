@@ -119,6 +119,12 @@ class LifelongMoEMethod(GrowingMethod):
     def remember(self, task: int, tensors: dict[str, Tensor]) -> None:
         self._visible[task] = {path: layer.num_experts for path, layer in self.layers.items()}
 
+    def recount(self) -> None:
+        for info in self.registry.tasks():
+            for layer in self.registry.layers():
+                added = len(self._experts_of(layer.id, info.id, owned=False))
+                self._visible[info.id][layer.name] = self._base[layer.name] + added
+
     def answer_task(self, task: int) -> AbstractContextManager[object]:
         return self.context.use(visible=self._visible[task]) if self.config.known_domain else nullcontext()
 

@@ -130,6 +130,10 @@ class PanguSigmaMethod(GrowingMethod):
         for row, (path, layer) in zip(tables, self.layers.items(), strict=True):
             self._groups[task] = layer.add_table(row + self._first[task][path])
 
+    def table_of(self, task: int, path: str) -> Tensor:
+        """(V,) int64 expert of each token id, from the first of a task's group."""
+        return self.layers[path].tables[self._groups[task]].long() - self._first[task][path]
+
     @property
     def _vocab_size(self) -> int:
         return int(next(iter(self.layers.values())).tables.shape[1])

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from moses.errors import RunError
+from moses.report.properties import NAMES, Property, command_of, properties
 from moses.report.results import Results, read_results
 from moses.report.text import format_bytes, format_score, format_share, printable
 
@@ -16,7 +17,10 @@ HEAD = ("run", "method", "OP", "BWT", "FWT", "TaIL OP", "task accuracy", "bytes 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run: scores from 0 to 100, bytes over all tasks, the share of the bank in use; None is not measured."""
+    """One run: scores, bytes over all tasks, the share of the bank in use, the six properties; None is not measured.
+
+    Scores go from 0 to 100, or are perplexities, where lower is better.
+    """
 
     run: str
     method: str
@@ -28,6 +32,9 @@ class Row:
     task_accuracy: float | None
     bytes_added: int | None
     bank_fraction: float | None
+    lower_is_better: bool
+    properties: tuple[Property, ...]
+    command: str
 
     def cells(self) -> list[str]:
         """The row as it is shown, in the order of `HEAD`."""
@@ -52,7 +59,25 @@ def compare_page(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in HEAD)
     cells = [[f"<td>{escape(printable(cell))}</td>" for cell in row.cells()] for row in rows]
     body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in cells)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+    return table + _properties_page(rows)
+
+
+def property_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """The six properties, a row each with a column a run: its name, then what each run measured."""
+    return [[name, *(row.properties[at].shown for row in rows)] for at, name in enumerate(NAMES)]
+
+
+def _properties_page(rows: Sequence[Row]) -> str:
+    head = "".join(f"<th>{escape(printable(title))}</th>" for title in ("property", *(row.run for row in rows)))
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(printable(cell))}</td>' for cell in cells)}</tr>\n"
+        for cells in property_rows(rows)
+    )
+    commands = "".join(
+        f"<li>{escape(printable(row.run))}: <code>{escape(printable(row.command, 2000))}</code></li>\n" for row in rows
+    )
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n<ul>\n{commands}</ul>\n"
 
 
 def _check_same_stream(first: str | Path, expected: Results, run: str | Path, found: Results) -> None:
@@ -88,4 +113,7 @@ def _row(run: str | Path, results: Results) -> Row:
         task_accuracy=None if tail is None else tail.task_accuracy,
         bytes_added=sum(task.total_bytes for task in results.capacity) if results.capacity else None,
         bank_fraction=results.capacity[-1].bank_fraction if results.capacity else None,
+        lower_is_better=results.lower_is_better,
+        properties=properties(results),
+        command=command_of(results),
     )

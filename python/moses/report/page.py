@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from moses.report.properties import HEAD as PROPERTIES_HEAD
+from moses.report.properties import command_of, properties
 from moses.report.results import Mode, Results
 from moses.report.text import format_bytes, format_score, format_share, printable
 
@@ -40,6 +42,7 @@ def build_page(results: Results, name: str, pictures: Mapping[str, bytes]) -> st
         _overlap(results, pictures),
         _confusion(results, pictures),
         _settings(results),
+        _properties(results),
     ]
     style = (Path(__file__).parent / "page.css").read_text("utf-8")
     head = (
@@ -192,6 +195,13 @@ def _settings(results: Results) -> str:
             rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in values.items()]
             parts.append(f"<details><summary>{title}</summary>{_table(['', ''], rows, kind='text')}</details>\n")
     return _section("Settings", "What this run was made with.", *parts)
+
+
+def _properties(results: Results) -> str:
+    rows = [[found.name, found.shown, found.how] for found in properties(results)]
+    lead = "The six properties of lifelong learning, each with the number of this run that backs it."
+    command = f"<p>Made by <code>{_text(command_of(results))}</code></p>\n"
+    return _section("Lifelong-learning properties", lead, _table(PROPERTIES_HEAD, rows, kind="text"), command)
 
 
 def _section(title: str, lead: str, *parts: str) -> str:

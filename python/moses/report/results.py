@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +50,8 @@ class Results:
     """A run's results.
 
     `base[i]` is R[0][i]; `expert_use[task][router]` the share of tokens that each expert got; `similar[task]` the task
-    that it started from; `task_metrics[task]` what its score is; `lower_is_better` whether scores fall as a model learns.
+    that it started from; `task_metrics[task]` what its score is; `lower_is_better` whether scores fall as a model learns;
+    `command` what makes such a run; `online` and `budget` what was measured without task boundaries and of a budget, if it was.
     """
 
     path: Path
@@ -68,6 +69,9 @@ class Results:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     lower_is_better: bool = False
+    command: str | None = None
+    online: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def score_name(self) -> str:
@@ -105,18 +109,21 @@ def _results(root: _Field) -> Results:
         path=root.path,
         method=root.get("method").text(),
         tasks=tasks,
-        base=root.maybe("base", lambda field: field.items(_Field.score, size)),
-        til=root.maybe("til", lambda field: _mode(field, size)),
-        tail=root.maybe("tail", lambda field: _mode(field, size)),
-        capacity=root.maybe("capacity", lambda field: field.items(_capacity)) or (),
+        base=root.maybe("base", lambda found: found.items(_Field.score, size)),
+        til=root.maybe("til", lambda found: _mode(found, size)),
+        tail=root.maybe("tail", lambda found: _mode(found, size)),
+        capacity=root.maybe("capacity", lambda found: found.items(_capacity)) or (),
         overlap=root.maybe("overlap", _square),
-        expert_use=root.maybe("expert_use", lambda field: field.table(lambda task: task.table(_shares))) or {},
-        similar=root.maybe("similar", lambda field: field.table(_Field.text)) or {},
-        task_metrics=root.maybe("task_metrics", lambda field: field.table(_Field.text)) or {},
+        expert_use=root.maybe("expert_use", lambda found: found.table(lambda task: task.table(_shares))) or {},
+        similar=root.maybe("similar", lambda found: found.table(_Field.text)) or {},
+        task_metrics=root.maybe("task_metrics", lambda found: found.table(_Field.text)) or {},
         seconds=root.maybe("seconds", _seconds) or {},
         config=root.maybe("config", _Field.mapping) or {},
         environment=root.maybe("environment", _Field.mapping) or {},
         lower_is_better=root.maybe("lower_is_better", _Field.flag) or False,
+        command=root.maybe("command", _Field.text),
+        online=root.maybe("online", _Field.mapping) or {},
+        budget=root.maybe("budget", _Field.mapping) or {},
     )
 
 

@@ -19,6 +19,8 @@ pub enum Kind {
     Format,
     /// A run folder is locked, not there, read-only or lacks a file.
     Store,
+    /// Experts cannot be added, cut, joined or taken out as it is asked for.
+    Surgery,
     /// The operating system said no.
     Io,
 }
@@ -196,6 +198,71 @@ errors! {
     /// It is not known which generation is in place.
     Unknown { path: String, generation: u64, source: io::Error } "commit_unknown" Store
         "{path}: the disk failed while generation {generation} was put in place ({source}): check the disk, then open the run again";
+
+    /// A checkpoint contradicts itself or breaks a rule.
+    Checkpoint { path: String, problem: String } "checkpoint_invalid" Format
+        "{path}: not a checkpoint that can be trusted: {problem}; download or write it again";
+    /// A shard's name or link leads out of the folder.
+    ShardPath { path: String, name: String, problem: &'static str } "shard_path" Format
+        "{path}: the file name {name:?} is not usable: {problem}; every file must lie in the checkpoint's own folder";
+    /// The index names a shard that is not there.
+    ShardMissing { path: String, name: String } "shard_missing" Format
+        "{path}: the shard {name:?} is missing: download it again";
+    /// A file of tensors is there that the index does not name.
+    ShardExtra { path: String, name: String } "shard_extra" Format
+        "{path}: the index does not name the file {name:?}: move it away, or download the index again";
+    /// The index names a tensor that its shard does not have.
+    TensorMissing { path: String, tensor: String, shard: String } "tensor_missing" Format
+        "{path}: the index names the tensor {tensor:?} in {shard:?}, which does not have it: download both again";
+    /// A shard has a tensor that the index does not name, or names elsewhere.
+    TensorUnlisted { path: String, tensor: String, shard: String, problem: &'static str } "tensor_unlisted" Format
+        "{path}: the tensor {tensor:?} of {shard:?} {problem}: download the index again";
+    /// The weights are pickled.
+    Pickled { path: String, name: String } "weights_pickled" Format
+        "{path}: {name:?} holds pickled weights, which are never loaded: save them as safetensors first";
+    /// The experts of a layer and its gate or the config do not fit.
+    Experts { path: String, layer: String, problem: String } "experts_misfit" Format
+        "{path}: {layer}: {problem}; download or write the checkpoint again";
+
+    /// The table of layouts has no such type.
+    ModelType { path: String, model_type: String } "model_type_unknown" Surgery
+        "{path}: surgery does not know the model type {model_type:?}: it knows mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3 and gpt_oss";
+    /// A plan that does not fit the checkpoint.
+    PlanMisfit { what: String, problem: String } "plan_misfit" Surgery
+        "{what}: {problem}; make the plan for this checkpoint";
+    /// A token would use more experts than are left.
+    TopK { layer: String, left: u64, top_k: u64 } "top_k_too_large" Surgery
+        "{layer}: {left} experts would be left and a token uses {top_k}: keep more, or lower top-k";
+    /// Routing by groups does not allow the count.
+    GroupsMisfit { layer: String, left: u64, problem: String } "groups_misfit" Surgery
+        "{layer}: {left} experts do not fit the routing by groups: {problem}";
+    /// Layers with different numbers of experts.
+    Uneven { layer: String, left: u64, other: u64 } "uneven_experts" Surgery
+        "{layer}: {left} experts where another layer has {other}, which transformers cannot load: give every layer as many, or ask for uneven layers by name";
+    /// A tensor that surgery would have to change and does not know.
+    TensorUnknown { path: String, tensor: String, problem: String } "tensor_unknown" Surgery
+        "{path}: the tensor {tensor:?} {problem}";
+    /// Something that this type, layout or dtype does not allow.
+    Unsupported { what: String, problem: String } "surgery_unsupported" Surgery
+        "{what}: {problem}";
+    /// The output is there already.
+    OutputExists { path: String } "output_exists" Surgery
+        "{path}: something is there already: choose another folder, or remove it";
+    /// The output would be inside the input.
+    OutputInside { path: String, source_path: String } "output_inside" Surgery
+        "{path}: this is inside the checkpoint {source_path}: choose a folder outside of it";
+    /// A source file is not what it was when the work was planned.
+    SourceChanged { path: String } "source_changed" Surgery
+        "{path}: the file changed since the work was planned: nothing was written; run the command again";
+    /// The disk is too small.
+    NoSpace { path: String, needed: u64, free: u64 } "no_space" Surgery
+        "{path}: {needed} bytes would be written and {free} are free: make room, or choose another disk";
+    /// Another process writes the same output.
+    SurgeryBusy { path: String } "surgery_busy" Surgery
+        "{path}: another process is at work there: wait until it ends";
+    /// The user stopped the work.
+    Cancelled { path: String } "cancelled" Surgery
+        "{path}: the work was stopped: nothing was written";
 
     /// An error of the operating system.
     Io { path: String, doing: &'static str, source: io::Error } "io" Io

@@ -4,10 +4,13 @@
 //! code ([`Error::code`]); the same input gives the same bytes on every machine and for any number of threads.
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
+pub mod document;
 pub mod error;
 pub mod gate;
 pub mod hash;
 pub mod id;
+pub mod layout;
 pub mod limits;
 pub mod mask;
 pub mod parallel;
@@ -17,6 +20,7 @@ pub mod pool;
 pub mod registry;
 pub mod shard;
 pub mod store;
+pub mod surgery;
 pub mod vfs;
 mod wire;
 

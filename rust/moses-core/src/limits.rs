@@ -42,6 +42,25 @@ pub const MAX_FILE_DEPTH: usize = 8;
 pub const MAX_HEADER_BYTES: u64 = 16 << 20;
 /// Tensors of one safetensors file; more would unfold to more memory than a header may cost.
 pub const MAX_TENSORS: usize = 150_000;
+/// Bytes of the index of a checkpoint: 150,000 tensors. The largest published has 91,000 in 9 MB.
+pub const MAX_INDEX_BYTES: u64 = 16 << 20;
+/// Bytes of a config.json; published ones have some thousand, and lists of quantised modules some hundred thousand.
+pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Tensors of a checkpoint.
+pub const MAX_CHECKPOINT_TENSORS: usize = 150_000;
+/// Shards of a checkpoint; the largest published has 163.
+pub const MAX_SHARDS: usize = 4096;
+/// Bytes of the `__metadata__` of a shard; `{"format": "pt"}` is usual.
+pub const MAX_METADATA_BYTES: usize = 1 << 18;
+/// Files of a checkpoint besides its shards.
+pub const MAX_FILES_BESIDE: usize = 4096;
+/// Bytes of a surgery plan or record.
+pub const MAX_PLAN_BYTES: u64 = 64 << 20;
+/// Bytes that a worker of surgery holds of a tensor at a time.
+pub const MOVE_BYTES: usize = 1 << 20;
+/// Threads that move bytes: enough to sync one shard while others are copied.
+pub const MOVE_THREADS: usize = 4;
+
 /// Dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 16;
 

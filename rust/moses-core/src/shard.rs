@@ -39,6 +39,11 @@ const DTYPES: &[(&str, u64)] = &[
     ("C64", 64),
 ];
 
+/// The bits of a value of a dtype; 0 of one that is unknown.
+pub(crate) fn bits(dtype: &str) -> u64 {
+    DTYPES.iter().find(|(name, _)| *name == dtype).map_or(0, |(_, bits)| *bits)
+}
+
 /// Where a tensor lies in the data, which begins after the header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {
@@ -67,21 +72,31 @@ pub struct Header {
 /// `safetensors_invalid`, `io`.
 pub fn read_header(path: &Path) -> Result<Header> {
     let shown = path.display().to_string();
-    let mut file = std::fs::File::open(path).map_err(Error::io(&*shown, "opening"))?;
-    let metadata = file.metadata().map_err(Error::io(&*shown, "looking at"))?;
+    let file = std::fs::File::open(path).map_err(Error::io(&*shown, "opening"))?;
+    Ok(read_header_of(&file, &shown)?.0)
+}
+
+/// Reads the header of an open file, and where its data begins; `shown` is its path for messages.
+///
+/// # Errors
+/// `safetensors_invalid`, `io`.
+pub(crate) fn read_header_of(mut file: &std::fs::File, shown: &str) -> Result<(Header, u64)> {
+    let metadata = file.metadata().map_err(Error::io(shown, "looking at"))?;
     if !metadata.is_file() {
-        return Err(Error::Safetensors { path: shown, problem: "it is not a regular file".to_owned() });
+        return Err(Error::Safetensors { path: shown.to_owned(), problem: "it is not a regular file".to_owned() });
     }
     let head = metadata.len().min(MAX_HEADER_BYTES.saturating_add(8));
     let mut bytes = Vec::new();
     let mut length = [0; 8];
     if head >= 8 {
-        file.read_exact(&mut length).map_err(Error::io(&*shown, "reading"))?;
+        file.read_exact(&mut length).map_err(Error::io(shown, "reading"))?;
         let wanted = u64::from_le_bytes(length).min(head.saturating_sub(8));
-        (&mut file).take(wanted).read_to_end(&mut bytes).map_err(Error::io(&*shown, "reading"))?;
+        file.take(wanted).read_to_end(&mut bytes).map_err(Error::io(shown, "reading"))?;
     }
-    parse_header(u64::from_le_bytes(length), &bytes, metadata.len())
-        .map_err(|problem| Error::Safetensors { path: shown, problem })
+    let declared = u64::from_le_bytes(length);
+    parse_header(declared, &bytes, metadata.len())
+        .map(|header| (header, declared.saturating_add(8)))
+        .map_err(|problem| Error::Safetensors { path: shown.to_owned(), problem })
 }
 
 /// Checks a header: the declared length, the bytes after it (as many as there are), and the size of the file.
@@ -107,7 +122,7 @@ fn parse_header(declared: u64, header: &[u8], file_bytes: u64) -> std::result::R
 fn check_tensors(header: &Header, data_bytes: u64) -> std::result::Result<(), String> {
     let mut placed: Vec<(u64, u64, &str)> = Vec::with_capacity(header.tensors.len());
     for (name, tensor) in &header.tensors {
-        let bits = DTYPES.iter().find(|(dtype, _)| *dtype == tensor.dtype).map_or(0, |(_, bits)| *bits);
+        let bits = bits(tensor.dtype);
         let bits = tensor.shape.iter().try_fold(bits, |product, &size| product.checked_mul(size));
         let bytes = tensor.end.checked_sub(tensor.begin);
         if bits.is_none() || bits != bytes.and_then(|bytes| bytes.checked_mul(8)) {

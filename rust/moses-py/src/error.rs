@@ -12,6 +12,7 @@ pub(crate) fn class_name(kind: Kind) -> &'static str {
         Kind::Dispatch => "DispatchError",
         Kind::Format => "FormatError",
         Kind::Store => "StoreError",
+        Kind::Surgery => "SurgeryError",
         Kind::Io => "OSError",
     }
 }

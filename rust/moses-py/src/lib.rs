@@ -11,6 +11,7 @@ mod gate;
 mod mask;
 mod registry;
 mod store;
+mod surgery;
 
 use pyo3::prelude::*;
 
@@ -32,4 +33,6 @@ mod _core {
     use super::registry::{LayerInfo, Registry, SpaceInfo, TaskInfo};
     #[pymodule_export]
     use super::store::{FileInfo, Store};
+    #[pymodule_export]
+    use super::surgery::{Checkpoint, SurgeryJob, compare_checkpoints};
 }

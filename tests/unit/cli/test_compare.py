@@ -36,7 +36,11 @@ def test_rows_hold_what_the_results_hold(two):
         "task_accuracy": 97.5,
         "bytes_added": 3 * 5390,
         "bank_fraction": pytest.approx(0.3),
+        "lower_is_better": False,
+        "properties": first["properties"],
+        "command": "not known: the results are of an earlier moses",
     }
+    assert len(first["properties"]) == 6
     assert (second["tail_op"], second["task_accuracy"], second["bytes_added"], second["bank_fraction"]) == (None,) * 4
 
 

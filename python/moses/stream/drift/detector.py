@@ -120,14 +120,13 @@ class _Channel:
 def _make_test(config: DriftConfig, threshold: float, reference: int) -> _Test:
     from river import drift  # takes seconds
 
-    test: _Test
     if config.test == "adwin":
-        test = drift.ADWIN(delta=config.significance, clock=1, grace_period=reference + 1)
-    else:
-        test = drift.PageHinkley(
-            min_instances=reference + 1, delta=config.slack, threshold=threshold, alpha=DAMPED, mode="up"
-        )
-    return test
+        adwin: Any = drift.ADWIN
+        found: _Test = adwin(delta=config.significance, clock=1, grace_period=reference + 1)
+        return found
+    return drift.PageHinkley(
+        min_instances=reference + 1, delta=config.slack, threshold=threshold, alpha=DAMPED, mode="up"
+    )
 
 
 def _began(values: Sequence[float]) -> int:
