@@ -6,7 +6,8 @@
 `detect` draws, for each seed, five of the six domains of the stream `domains`, their order, their passages and which of the first four returns,
 and runs the detector on the base model's features of the first 64 tokens of each passage (novelty alone: nothing is trained, so the loss
 stays out). Settings and rules were chosen on seeds 0 to 5 and 100 to 109; report others. `learn` trains one such stream twice, with its boundaries hidden
-and given, at one epoch, and scores every domain's test passages, with the domain given and inferred. A row that is in
+and given, at one epoch, and scores every domain's test passages, with the domain given and inferred. `--model small` is a model that this script
+trains first (two cores need hours for SmolLM2). A row that is in
 benches/results/drift.json already is not measured again.
 """
 
@@ -111,6 +112,37 @@ def detect(model_name: str, seed: int, test: str) -> dict[str, Any]:
     return {"order": order, "returning": returning, "dismissed": dismissed, **score.to_json()}
 
 
+def small_model() -> tuple[Any, Any]:
+    """A Llama of 3 blocks, width 192, trained here on English and a little of every other domain, as a pretrained model has seen it."""
+    from moses import training
+    from moses.growth.folder import save_model
+    from moses.models import load_model
+    from moses.scratch import make_model, make_tokenizer
+    from moses.stream import load_stream
+    from moses.stream.task import Stream, Task
+
+    folder = WORK / "small"
+    if not folder.exists():
+        tasks = load_stream("domains", num_train=400).tasks
+        rows = [row for task in tasks for row in (task.train if task.name == "english" else task.train[150:170])]
+        rows += [row for task in tasks for row in task.eval if task.name != "english"]
+        tokenizer = make_tokenizer([row.answer for task in tasks for row in task.train], 4096)
+        sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+        more = {"num_key_value_heads": 4, "max_position_embeddings": 256, "tie_word_embeddings": True}
+        torch_model = make_model({"model_type": "llama", **sizes, **more}, tokenizer)
+        run = training.train(
+            torch_model,
+            tokenizer,
+            Stream("base", (Task("base", tuple(rows), (), tasks[0].test[:8], tasks[0].metric),)),
+            method="finetune",
+            output_dir=WORK / "small-run",
+            settings={"epochs": 4, "batch_size": 16, "learning_rate": 2e-3, "max_length": 128, "eval_modes": ["til"]},
+        )
+        save_model(run.model, folder, tokenizer)
+    model, tokenizer, _ = load_model(str(folder))
+    return model, tokenizer
+
+
 def learn(model_name: str, method: str, seed: int, boundaries: str) -> dict[str, Any]:
     from moses import training
     from moses.stream import load_stream
@@ -126,13 +158,14 @@ def learn(model_name: str, method: str, seed: int, boundaries: str) -> dict[str,
     for name in order:
         task = whole[name]
         count = 120 if name == returning else 60
-        tasks.append(Task(name, cut(task.train, count), (), cut(task.test, 8), task.metric, name))
+        tasks.append(Task(name, cut(task.train, count), (), cut(task.test, 16), task.metric, name))
     out = WORK / f"{method}-{seed}-{boundaries}"
     shutil.rmtree(out, ignore_errors=True)
     from moses.models import load_model
 
     settings = dict(LEARNING)
-    model, tokenizer, _ = load_model(model_name, settings.pop("dtype"))
+    dtype = settings.pop("dtype")
+    model, tokenizer = small_model() if model_name == "small" else load_model(model_name, dtype)[:2]
     settings |= {"eval_rows": "final"} if boundaries == "given" else {"horizon": 64}
     visits = [*order, returning] if boundaries == "none" else None
     seconds = time.monotonic()
