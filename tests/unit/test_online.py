@@ -6,10 +6,13 @@ import json
 import random
 
 import pytest
+from safetensors.torch import load as read_safetensors
 
-from moses import training
+from moses import _core, training
 from moses.checkpoint import load
+from moses.cli import main
 from moses.errors import ConfigError, StreamError
+from moses.evaluate import evaluate_run
 from moses.online.sequences import concatenated
 from moses.progress import Progress
 from moses.session import Session
@@ -80,7 +83,6 @@ def finished(tiny_folder, stream, tmp_path_factory):
 def test_changes_are_found_and_a_domain_that_returns_is_its_old_task(finished):
     _, results = finished
     score = results["online"]["score"]
-    print(results["online"])
     assert score["boundaries"] == (32, 64) and score["false_alarms"] == 0
     assert all(0 < delay <= 16 for delay in score["found"])
     assert score["returns"] == (True,) and score["new"] == (True, True)
@@ -121,8 +123,21 @@ def test_an_interrupted_run_ends_in_the_same_results(finished, tiny_folder, stre
 def test_other_methods_learn_it_too(tiny_folder, stream, tmp_path, method):
     results = run(tiny_folder, stream, tmp_path / "run", method).results
     assert [part["task"] for part in results["online"]["segments"]] == ["segment-1", "segment-2", "segment-1"]
-    first, second, _ = results["online"]["segments"]
-    assert first["online_loss"] != second["online_loss"]
+    with _core.Store.open(tmp_path / "run") as store:
+        for name in [name for name in store.files() if name.startswith("tasks/")]:
+            tensors = read_safetensors(store.read(name))
+            learned = [tensor for key, tensor in tensors.items() if "lora_B" in key or key == "weights"]
+            assert any(tensor.any() for tensor in learned), "nothing was trained"
+
+
+def test_its_run_is_shown_and_evaluated_as_any_other(finished, stream, capsys):
+    out, results = finished
+    for command in ("report", "compare", "inspect", "verify"):
+        code = main([command, str(out)])
+        assert code == 0, (command, capsys.readouterr().err)
+    again = evaluate_run(out, "both", stream=stream)
+    assert again["til"]["row"] == results["til"]["matrix"][-1]
+    assert again["tail"]["confusion"] == results["tail"]["confusion"]
 
 
 def test_visits_read_each_example_once(stream):
