@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moses.cli import calls
+from moses.cli import surgery_runs
 from moses.cli.running import AsJson
+from moses.run_files import is_run
 
 if TYPE_CHECKING:
     from moses.surgery import Surgery, Writing
 
-Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder.")]
+Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or a run of moses.")]
+Layers = Annotated[
+    str | None, typer.Option("--layers", metavar="all|0,2", help="Of a run: which layers, by block; all by default.")
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The folder to write; it must not be there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, from headers alone.")]
 Link = Annotated[bool, typer.Option("--link", help="Link shards that do not change instead of copying them.")]
@@ -35,6 +39,13 @@ class Rows(StrEnum):
     AUTO = "auto"
     COPY = "copy"
     MASKED = "masked"
+
+
+class By(StrEnum):
+    """What says which experts of a run matter least."""
+
+    USE = "use"
+    NORM = "norm"
 
 
 class LayoutOption(StrEnum):
@@ -68,6 +79,20 @@ def prune(
     to: Annotated[
         int | None, typer.Option("--to", min=1, help="How many experts of each layer stay, by usage.")
     ] = None,
+    keep_usage: Annotated[
+        float | None, typer.Option("--keep-usage", help="Of a run: the share of each layer's tokens that stays served.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="2MB", help="Of a run: bytes that its experts may take.")
+    ] = None,
+    experts: Annotated[
+        str | None, typer.Option("--experts", metavar="2,5", help="Of a run: the experts of every layer that go.")
+    ] = None,
+    by: Annotated[By, typer.Option("--by", help="Of a run: go by use, or by router-weighted norm.")] = By.USE,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", metavar="STREAM", help="Of a run: where use is measured.")
+    ] = None,
+    layers: Layers = None,
     top_k: TopK = None,
     link: Link = False,
     hash_kept: Hash = False,
@@ -76,15 +101,28 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Leave fewer experts in a checkpoint, and their rows in the gates."""
+    from moses.surgery.selection import read_choice, read_usage
+
+    if is_run(checkpoint):
+        surgery_runs.refuse(
+            "a run",
+            {"--keep": keep, "--layer-experts": layer_experts, "--usage": usage, "--top-k": top_k, "--link": link}
+            | {"--hash": hash_kept, "--uneven": uneven},
+        )
+        chosen_gone = None if experts is None else [int(number) for number in read_choice(experts)]
+        options = {"keep_usage": keep_usage, "to": to, "budget": budget}
+        surgery_runs.prune(checkpoint, out, layers, options, chosen_gone, by.value, calibrate, dry_run, as_json)
+        return
+    surgery_runs.refuse(
+        "a checkpoint",
+        {"--keep-usage": keep_usage, "--budget": budget, "--experts": experts, "--calibrate": calibrate}
+        | {"--layers": layers, "--by": by is not By.USE},
+    )
     if sum(given is not None for given in (keep, layer_experts, usage)) != 1:
         raise typer.BadParameter("give one of --keep, --layer-experts, --usage")
     if (usage is None) != (to is None):
         raise typer.BadParameter("--usage and --to belong together")
-    if calls.is_run(checkpoint):
-        calls.surgery_of_run("prune", checkpoint, out)
-        return
     from moses import surgery
-    from moses.surgery.selection import read_choice, read_usage
 
     chosen = read_choice(keep or str(layer_experts)) if usage is None else None
     scores = None if usage is None else "magnitude" if usage == "magnitude" else read_usage(Path(usage))
@@ -110,11 +148,20 @@ def grow(
     add: Annotated[int, typer.Option("--add", min=1, help="Experts to add to every layer.")],
     out: Out = None,
     sources: Annotated[
-        str | None, typer.Option("--from", metavar="0,1,2", help="The experts to copy, in turn; all by default.")
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="0,1,2",
+            help="The experts to copy, in turn; all by default. Of a run: most-used (the default), fresh, or a number.",
+        ),
     ] = None,
+    layers: Layers = None,
     noise: Annotated[
-        float, typer.Option("--noise", min=0.0, help="Of the copies: relative to the deviation of each matrix.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--noise", min=0.0, help="Of the copies: relative to the deviation of each matrix; 0, of a run 0.01."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
     rows: Annotated[
         Rows,
@@ -132,9 +179,15 @@ def grow(
     as_json: AsJson = False,
 ) -> None:
     """Add experts to every layer of a checkpoint, and their rows to the gates."""
-    if calls.is_run(checkpoint):
-        calls.surgery_of_run("grow", checkpoint, out)
+    if is_run(checkpoint):
+        surgery_runs.refuse(
+            "a run",
+            {"--rows": rows is not Rows.AUTO, "--top-k": top_k, "--in-place": in_place, "--link": link}
+            | {"--hash": hash_kept, "--dry-run": dry_run},
+        )
+        surgery_runs.grow(checkpoint, out, layers, add, sources, noise, seed, as_json)
         return
+    surgery_runs.refuse("a checkpoint", {"--layers": layers})
     from moses import surgery
     from moses.surgery.selection import read_choice
 
@@ -145,7 +198,7 @@ def grow(
             out,
             add=add,
             sources=chosen,
-            noise=noise,
+            noise=noise or 0.0,
             seed=seed,
             new_rows=rows.value,
             top_k=top_k,
@@ -161,9 +214,15 @@ def grow(
 def extract(
     checkpoint: Source,
     experts: Annotated[
-        str,
+        str | None,
         typer.Option("--experts", metavar="JSON|0,3", help="The domain's experts: of every layer, or lists by layer."),
-    ],
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option("--domain", metavar="D", help="Of a run: the domain, or task, whose model it is.")
+    ] = None,
+    merge_group: Annotated[
+        bool, typer.Option("--merge-group", help="Of a run: average a group of experts to one FFN; says what it cost.")
+    ] = False,
     out: Out = None,
     mixture: Annotated[
         bool, typer.Option("--mixture", help="Stay a mixture, also where one expert is left of every layer.")
@@ -179,9 +238,17 @@ def extract(
 
     A smaller mixture, or a dense model when one expert is left of every layer and the type has a dense one.
     """
-    if calls.is_run(checkpoint):
-        calls.surgery_of_run("extract", checkpoint, out)
+    if is_run(checkpoint):
+        surgery_runs.refuse(
+            "a run",
+            {"--experts": experts, "--mixture": mixture, "--top-k": top_k, "--link": link, "--hash": hash_kept}
+            | {"--uneven": uneven, "--dry-run": dry_run},
+        )
+        surgery_runs.extract(checkpoint, domain, out, merge_group, as_json)
         return
+    surgery_runs.refuse("a checkpoint", {"--domain": domain, "--merge-group": merge_group})
+    if experts is None:
+        raise typer.BadParameter("give --experts: what stays")
     from moses import surgery
     from moses.surgery.selection import read_choice
 
