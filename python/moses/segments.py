@@ -12,6 +12,8 @@ from typing import Any
 
 from . import _core
 from .answers import TaskFormat
+from .config import TrainConfig
+from .errors import ConfigError
 from .methods import Method
 
 
@@ -54,3 +56,24 @@ def segment_formats(formats: Mapping[str, TaskFormat], registry: _core.Registry)
     """The formats of the domains, and for every segment the longest of them, for it may answer for any domain."""
     longest = TaskFormat(max(form.max_new_tokens for form in formats.values()), ())
     return {**{info.name: longest for info in registry.tasks()}, **formats}
+
+
+def check_online(method: type[Method], config: TrainConfig, kind: str) -> None:
+    """Raise a `ConfigError` where this method or a model of this kind cannot learn without boundaries, or not with these settings."""
+    if kind == "classifier":
+        raise ConfigError(
+            "a classifier's head needs its task's labels, which a stream without boundaries does not give; "
+            "give a language model, or --boundaries given",
+            code="boundaries_needed",
+        )
+    if method.trains_on is not Method.trains_on:
+        raise ConfigError(
+            f"method {method.name!r} needs the stream's tasks at once; give another --method, or --boundaries given",
+            code="boundaries_needed",
+        )
+    for field, allowed in (("precision", ("float32", "bfloat16")), ("gradient_accumulation", (1,))):
+        if getattr(config, field) not in allowed:
+            raise ConfigError(
+                f"{field} is {getattr(config, field)!r}; without boundaries it must be {' or '.join(map(str, allowed))}",
+                code="bad_setting",
+            )

@@ -32,7 +32,7 @@ from .progress import Progress
 from .results import RunProgress, results_document, task_bytes
 from .run_config import RunConfig, StreamSource
 from .run_files import CONFIG, LOG, PROGRESS, REGISTRY, RESULTS
-from .segments import SegmentMethod, segment_formats
+from .segments import SegmentMethod, check_online, segment_formats
 from .stream import Stream, load_stream
 from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features, prompt_views
 from .stream.prompt import Kind, label_names
@@ -371,6 +371,8 @@ def start_session(
     # a wrong name, and a stream that the model cannot learn, is found before the folder is made
     _check_texts(stream, kind)
     method_class(method).check_model(model, method_config)
+    if online is not None:
+        check_online(method_class(method), train_config, kind)
     formats = {task.name: _format(task, tokenizer, kind, train_config) for task in stream.tasks}
     config = RunConfig(
         method=method,

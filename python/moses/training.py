@@ -23,7 +23,7 @@ from .budget import identifier_features, parse_bytes
 from .config import TrainConfig, from_settings, to_json
 from .errors import ConfigError
 from .methods import Method, method_class
-from .online import online_config, run_online
+from .online import concatenated, online_config, run_online
 from .progress import Progress
 from .run_files import TRAINER
 from .seeds import stable_seed
@@ -106,6 +106,7 @@ def train(
     )
     if boundaries == "none":
         online, settings = online_config(visits or [task.name for task in loaded.tasks], settings)
+        concatenated(loaded, online.visits)  # a domain that nobody knows is found before anything is written
     limit = None if budget is None else parse_bytes(budget)
     if limit is not None:
         settings.setdefault("identifier.num_features", identifier_features(limit, len(loaded.tasks)))

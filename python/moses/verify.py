@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from moses import _core
+from moses import _core, surgery
 from moses.errors import FormatError, SurgeryError
 from moses.frozen import check_tasks, compare_tasks
 from moses.inspect import INDEX, MANIFEST, neither, open_run, read_json
 from moses.report import PAGE, PICTURES, read_results
 from moses.run_files import CONFIG, LOG, REGISTRY, RESULTS, TRAINER
-from moses.surgery.checkpoint import MODEL_TYPES, open_checkpoint
-from moses.surgery.compare import verify as compare_with_sources
+from moses.surgery.checkpoint import MODEL_TYPES, RECORD, open_checkpoint
 from moses.tensorfile import TensorFile
 from moses.verdict import COPY, Verdict, problem_of
 
@@ -127,6 +126,11 @@ def _verify_checkpoint(path: Path) -> Verdict:
         document = verdict.caught(config, lambda: read_json(config, config.read_bytes()))
         if document is not None and document.get("model_type") in MODEL_TYPES and not verdict.problems:
             verdict.caught(path, partial(open_checkpoint, path))
+    if path.is_dir() and (path / RECORD).is_file() and not verdict.problems:
+        from moses.surgery.compare import changed_since_hashed
+
+        for what, problem in verdict.caught(path / RECORD, partial(changed_since_hashed, path)) or []:
+            verdict.add(path, "not_identical", f"{what}: {problem}", COPY)
     return verdict
 
 
@@ -135,7 +139,7 @@ def _compare_checkpoint(path: Path, sources: Sequence[str | Path]) -> Verdict:
     verdict = Verdict(str(path), "checkpoint", ", ".join(map(str, sources)))
     if path.is_dir():
         verdict.num_files = len(list(path.glob("*.safetensors")))
-    found = compare_with_sources(path, sources)
+    found = surgery.verify(path, sources)
     for what, problem in found.problems:
         verdict.add(path, "not_identical", f"{what}: {problem}", "run the surgery again")
     verdict.notes.append(

@@ -55,6 +55,16 @@ CASES = {
     "olmo2-some": (lambda: hf.Olmo2Config(**WIDE), {}, ""),
     "gemma2": (lambda: hf.Gemma2Config(**WIDE, head_dim=8), {"every": 1}, ""),
     "phi3": (lambda: hf.Phi3Config(**WIDE), {"every": 1}, ""),
+    "gpt2": (
+        lambda: hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=96, initializer_range=0.3),
+        {},
+        "",
+    ),
+    "phi": (
+        lambda: hf.PhiConfig(**{k: v for k, v in WIDE.items() if k != "rms_norm_eps"}, layer_norm_eps=3e-3),
+        {},
+        "",
+    ),
     "gpt_neox": (lambda: hf.GPTNeoXConfig(**{k: v for k, v in WIDE.items() if k != "num_key_value_heads"}), {}, ""),
 }
 

@@ -1,4 +1,4 @@
-"""Commands that change checkpoints on disk: prune, grow, extract, merge, convert. None of them imports torch."""
+"""Commands that change checkpoints on disk: prune, grow, extract, merge, upcycle, convert. None of them imports torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LayoutOption(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (prune, grow, extract, merge, convert):
+    for command in (prune, grow, extract, merge, upcycle, convert):
         app.command()(command)
 
 
@@ -212,6 +212,52 @@ def merge(
     _do(
         lambda writing: surgery.merge(checkpoints, out, top_k=top_k, writing=writing),
         checkpoints[0],
+        out,
+        {"link": link, "hash": hash_kept, "dry_run": dry_run},
+        as_json,
+    )
+
+
+def upcycle(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="DENSE", help="A dense checkpoint: llama, mistral, qwen2, qwen3, olmo2.")
+    ],
+    num_experts: Annotated[int, typer.Option("--experts", min=1, help="Experts of each mixture.")] = 8,
+    every: Annotated[
+        int | None, typer.Option("--every", min=1, help="Mixtures in every n-th block, the n-th first; 2 by default.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="1,3,5-7", help="The blocks that become mixtures, from 0.")
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts that a token uses.")] = 2,
+    noise: Annotated[
+        float, typer.Option("--noise", min=0.0, help="Of the copies: relative to the deviation of each matrix.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise and the gates.")] = 0,
+    out: Out = None,
+    link: Link = False,
+    hash_kept: Hash = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a mixture of experts of a dense checkpoint."""
+    from moses import surgery
+    from moses.surgery.selection import read_choice
+
+    numbers = None if layers is None else list(read_choice(layers))
+    _do(
+        lambda writing: surgery.upcycle(
+            checkpoint,
+            out,
+            num_experts=num_experts,
+            every=every,
+            layers=numbers,  # type: ignore[arg-type]
+            top_k=top_k,
+            noise=noise,
+            seed=seed,
+            writing=writing,
+        ),
+        checkpoint,
         out,
         {"link": link, "hash": hash_kept, "dry_run": dry_run},
         as_json,

@@ -6,5 +6,6 @@ Read in this order: `config` (settings), `sequences` (the stream with its domain
 
 from .config import OnlineConfig, online_config
 from .run import run_online
+from .sequences import concatenated
 
-__all__ = ["OnlineConfig", "online_config", "run_online"]
+__all__ = ["OnlineConfig", "concatenated", "online_config", "run_online"]

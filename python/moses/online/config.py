@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import TrainConfig, as_tuple, check_int, from_settings
+from ..config import as_tuple, check_int, from_settings
 from ..errors import ConfigError
 from ..stream.drift import DriftConfig
 
@@ -46,19 +46,3 @@ def online_config(visits: Sequence[str], settings: dict[str, Any]) -> tuple[Onli
             f"epochs is {rest['epochs']!r}: a stream without boundaries is read once; leave epochs out", code="one_pass"
         )
     return OnlineConfig(visits=tuple(visits), drift=from_settings(DriftConfig, drift), **horizon), rest
-
-
-def check_online(config: TrainConfig, kind: str) -> None:
-    """Raise a `ConfigError` where a model of this kind cannot learn without boundaries, or not with these settings."""
-    if kind == "classifier":
-        raise ConfigError(
-            "a classifier's head needs its task's labels, which a stream without boundaries does not give; "
-            "give a language model, or --boundaries given",
-            code="boundaries_needed",
-        )
-    for field, allowed in (("precision", ("float32", "bfloat16")), ("gradient_accumulation", (1,))):
-        if getattr(config, field) not in allowed:
-            raise ConfigError(
-                f"{field} is {getattr(config, field)!r}; without boundaries it must be {' or '.join(map(str, allowed))}",
-                code="bad_setting",
-            )

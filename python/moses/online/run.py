@@ -26,7 +26,7 @@ from ..session import Session, Views
 from ..stream.drift import DriftDetector, recognise, score_changes
 from ..stream.identify import TaskIdentifier, prompt_views
 from .config import OnlineConfig
-from .learner import Row, SegmentLearner
+from .learner import Row, SegmentLearner, SegmentReader
 from .sequences import concatenated, encoded
 
 PREFIX = "segment-"
@@ -82,7 +82,7 @@ class OnlineRun:
         method.begin_task(name, None, None, similar)
         steps = math.ceil(self.config.horizon / session.train_config.batch_size)
         learner = SegmentLearner(method, session.tokenizer, session.kind, session.train_config, steps)
-        stop, losses = self._read(start, name, learner, train=True)
+        stop, losses = self._read(start, name, learner)
         method.end_task(name)
         views = self._views(start, stop)
         self._note(start, stop, name, losses, returned=False)
@@ -90,42 +90,43 @@ class OnlineRun:
 
     def _watch_segment(self, start: int, name: str) -> None:
         session = self.session
-        learner = SegmentLearner(session.method, session.tokenizer, session.kind, session.train_config, 1)
+        reader = SegmentReader(session.method, session.tokenizer, session.kind, session.train_config)
         with session.method.answer(name):
-            stop, losses = self._read(start, name, learner, train=False)
+            stop, losses = self._read(start, name, reader)
         self._note(start, stop, name, losses, returned=True)
         session.commit_progress()
 
-    def _read(self, start: int, name: str, learner: SegmentLearner, train: bool) -> tuple[int, list[float]]:
-        """Read from `start` to where the segment ends, and learn it; the end, and the loss of each sequence."""
+    def _read(self, start: int, name: str, reader: SegmentReader) -> tuple[int, list[float]]:
+        """Read from `start` to where the segment ends, and learn it, if `reader` learns; the end, and the loss of each sequence."""
         session, config = self.session, self.config
+        learner = reader if isinstance(reader, SegmentLearner) else None
         size, detector, losses = session.train_config.batch_size, DriftDetector(config.drift), []
         with session.progress.phase(f"{name} from sequence {start}", total=len(self.examples)) as phase:
             for first in range(start, len(self.examples), size):
                 stop = min(first + size, len(self.examples))
                 rows, features = self._rows(first, stop), self._features(first, stop)
-                losses += learner.losses(rows)
+                losses += reader.losses(rows)
                 for place in range(first, stop):
                     if not detector.update(features[place - first], losses[place - start]):
                         continue
                     change = start + (detector.change or 0)
-                    if self._is_change(start, change, name, train):
+                    if self._is_change(start, change, name, learner is not None):
                         self.done["alarms"].append({"read": place + 1, "signal": detector.signal, "began": change})
-                        if train and change > first:
+                        if learner is not None and change > first:
                             learner.step([row for part in rows[: change - first] for row in part])
                         return change, losses[: change - start]
                     self.done["dismissed"] += 1
                     detector.dismiss()
-                if train:
+                if learner is not None:
                     learner.step([row for part in rows for row in part])
                 phase.update(stop, loss=float(np.mean(losses[-size:])))
         return len(self.examples), losses
 
-    def _is_change(self, start: int, change: int, name: str, train: bool) -> bool:
+    def _is_change(self, start: int, change: int, name: str, is_open: bool) -> bool:
         """Whether what comes from `change` on is not, by the identifier, the segment's own task."""
         identifier, registry = self.session.identifier, self.session.method.registry
         task = registry.task(name).id
-        if train:  # the open task is not in the identifier yet
+        if is_open:  # the open task is not in the identifier yet
             known = identifier
             identifier = TaskIdentifier(known.config, known.feature_dim)
             for other in known.task_ids:

@@ -194,7 +194,7 @@ def test_train_hands_over_every_option(cli, monkeypatch, run, runs, golden):
     pairs = ["rank=4", "alpha=0.5", "reuse=none", 'target_modules=["q","v"]', "x=a=b"]
     settings = [word for pair in pairs for word in ("--set", pair)]
     words = ["--model", "m", "--stream", "s", "--out", run, "--method", "sequential"]
-    words += ["--tasks", " a, b", "--resume", "--seed", "3"]
+    words += ["--tasks", " a, b", "--resume", "--seed", "3", "--boundaries", "none", "--budget", "2MB"]
     code, out, err = cli("train", *words, *settings)
     assert (code, err) == (0, "")
     assert given == {
@@ -206,6 +206,8 @@ def test_train_hands_over_every_option(cli, monkeypatch, run, runs, golden):
         "resume": True,
         "seed": 3,
         "settings": {"rank": 4, "alpha": 0.5, "reuse": "none", "target_modules": ["q", "v"], "x": "a=b"},
+        "boundaries": "none",
+        "budget": "2MB",
     }
     golden("cli_train.txt", "\n".join(line.rstrip() for line in out.replace(str(run), "RUN").splitlines()) + "\n")
 

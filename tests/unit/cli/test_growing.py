@@ -39,6 +39,15 @@ def test_moses_own_folder_as_json(cli, tiny_folder, tmp_path):
     assert code == 0 and document["model_type"] == "moses" and document["blocks"] == [0, 1]
     assert document["difference"] == 0.0 and "beside" in document["why_moses"]
     assert document["parameters"] > document["parameters_before"]
+    code, said, _ = cli("inspect", out)
+    assert code == 0 and "moses's mixture  model.layers.1.mlp" in said and "llama" in said
+    code, said, _ = cli("inspect", out, "--json")
+    assert json.loads(said)["architectures"] == ["LlamaForCausalLM"] and len(json.loads(said)["layout"]) == 2
+    description = json.loads((out / "moses_model.json").read_text())
+    (out / "moses_model.json").write_text(json.dumps(description | {"layout": [3]}))
+    code, said, errors = cli("inspect", out)
+    assert (code, said) == (2, "") and "no config and layout" in errors
+    (out / "moses_model.json").write_text(json.dumps(description))
     assert type(moses.load(out).model.layers[0].mlp).__name__ == "MixtureFFN"
 
 

@@ -108,7 +108,7 @@ class _Channel:
         for value in np.clip(self.measure(rows), -config.clip, config.clip).tolist():
             self.values.append(value)
             if self._step(value):
-                return _began(self.values, config.slack)
+                return _began(self.values)
         return None
 
     def _step(self, value: float) -> bool:
@@ -120,17 +120,19 @@ class _Channel:
 def _make_test(config: DriftConfig, threshold: float, reference: int) -> _Test:
     from river import drift  # takes seconds
 
-    test: _Test
     if config.test == "adwin":
-        test = drift.ADWIN(delta=config.significance, clock=1, grace_period=reference + 1)
-    else:
-        test = drift.PageHinkley(
-            min_instances=reference + 1, delta=config.slack, threshold=threshold, alpha=DAMPED, mode="up"
-        )
-    return test
+        adwin: Any = drift.ADWIN
+        found: _Test = adwin(delta=config.significance, clock=1, grace_period=reference + 1)
+        return found
+    return drift.PageHinkley(
+        min_instances=reference + 1, delta=config.slack, threshold=threshold, alpha=DAMPED, mode="up"
+    )
 
 
-def _began(values: Sequence[float], slack: float) -> int:
-    """The start of the tail with the largest sum of deviations over `slack`: the last minimum of Page's cumulative sum."""
-    tails = np.cumsum(np.asarray(values[::-1]) - slack)[::-1]
-    return int(np.flatnonzero(tails == tails.max())[-1])
+def _began(values: Sequence[float]) -> int:
+    """The most likely start of a change to a higher mean, what was usual having mean 0 and variance 1: of all tails the one whose sum,
+    squared, is largest for its length. Where Page's sum began to rise is too early: what comes next would begin with the old domain.
+    """
+    tails = np.cumsum(np.asarray(values[::-1], np.float64))
+    gain = np.maximum(tails, 0.0) ** 2 / np.arange(1, len(tails) + 1)
+    return len(values) - 1 - int(gain.argmax())
