@@ -286,6 +286,17 @@ def test_growth_copies_the_most_used():
         assert [slot.sources for slot in part.slots[6:]] == [(e,) for e in best]
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_fresh_experts_are_normal_by_their_fan_in(family):
+    model = make(family)
+    moses.grow(model, add=40, source="fresh")
+    experts = model.model.layers[0].mlp.experts
+    for weight, fan_in in ((experts.gate_up_proj[6:], 32), (experts.down_proj[6:], 48)):
+        assert abs(float(weight.detach().std()) * fan_in**0.5 - 1) < 0.02
+    if family == "gpt_oss":
+        assert not bool(experts.down_proj_bias[6:].any())
+
+
 def test_merging_joins_the_two_that_are_alike():
     model = make("mixtral")
     experts = model.model.layers[0].mlp.experts

@@ -140,7 +140,10 @@ def _prepare_fused(model: nn.Module, form: MoEBlock, part: LayerSurgery, plan: S
     made = []
     for name in (*form.expert_tensors, *form.gate_tensors):
         before = parameter(model, name)
-        rows = slot_rows(before.detach(), part.slots, plan.seed, name)
+        matrix = name in (form.into, form.out)
+        inputs = -1 if name == form.gate or matrix else None
+        inputs = -2 if matrix and form.transposed else inputs
+        rows = slot_rows(before.detach(), part.slots, plan.seed, name, inputs=inputs)
         if masked and name == form.selection_bias:
             rows[[slot.new for slot in part.slots]] = MASKED
         made.append(_replaced(model, name, before, rows, part.slots))

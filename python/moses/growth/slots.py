@@ -15,21 +15,22 @@ from ..surgery.plan import Slot
 
 
 @torch.no_grad()
-def slot_rows(tensor: Tensor, slots: Sequence[Slot], *seed: object) -> Tensor:
+def slot_rows(tensor: Tensor, slots: Sequence[Slot], *seed: object, inputs: int | None = -1) -> Tensor:
     """(S, ...) of `tensor` (E, ...): kept rows bit for bit, copies (with noise), averages, and fresh rows.
 
     Noise is relative to the standard deviation of the row that it is put on. A fresh row is normal with deviation fan-in^-1/2, as a new
-    expert of `moses.experts` and a new row of a gate; a fresh bias is 0. An average is taken in float32 or wider.
+    expert of `moses.experts` and a new row of a gate. An average is taken in float32 or wider.
 
     Args:
         tensor: floats.
         slots: their sources are rows of `tensor`.
         seed: names that, with the slot's place, give the seed of what is drawn.
+        inputs: the axis of the inputs, whose length is the fan-in; None where fresh rows are 0, as biases are.
     """
     rows = tensor.new_empty((len(slots), *tensor.shape[1:]))
     for place, slot in enumerate(slots):
         if not slot.sources:
-            rows[place] = _fresh(rows[place], stable_seed(*seed, place))
+            rows[place] = _fresh(rows[place], stable_seed(*seed, place), inputs)
         elif len(slot.sources) == 1 and slot.weights in ((), (1.0,)):
             rows[place] = tensor[slot.sources[0]]
         else:
@@ -53,10 +54,10 @@ def slot_state(tensor: Tensor, slots: Sequence[Slot]) -> Tensor:
     return rows
 
 
-def _fresh(like: Tensor, seed: int) -> Tensor:
-    if like.ndim == 0:
+def _fresh(like: Tensor, seed: int, inputs: int | None) -> Tensor:
+    if inputs is None or like.ndim == 0:
         return torch.zeros_like(like)
-    deviation = float(like.shape[-1]) ** -0.5
+    deviation = float(like.shape[inputs]) ** -0.5
     drawn: Tensor = (_normal(like.float(), seed) * deviation).to(like.dtype)
     return drawn
 
