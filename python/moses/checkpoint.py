@@ -95,9 +95,18 @@ def forget_task(path: str | PathLike[str], name: str) -> dict[str, Any]:
 
     Returns:
         {"task", "bytes_freed"}: bytes of weights that are no longer in the run.
+
+    Raises:
+        RunError: the method has one set of weights for all tasks (`not_separable`).
     """
     with _core.Store.open(path, write=True) as store:
         config = read_config(store)
+        if not method_class(config.method).separable:
+            raise RunError(
+                f"{path}: method {config.method!r} has one set of weights for all tasks, and none can be taken out of it; "
+                "train again without the task",
+                code="not_separable",
+            )
         registry = _core.Registry.from_bytes(store.read(REGISTRY))
         task = registry.task(name)
         before = {info.id: read_tensors(store, adapter_file(info)) for info in registry.tasks()}
