@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,8 @@ def write(folder: Path, kind: str, layers: int, experts: int, width: int, inner:
             size = 0
         shards[-1].append((name, shape))
         size += num_bytes
-    generator = np.random.default_rng(0)
+    values = np.random.default_rng(0).standard_normal(1 << 23, np.float32) * np.float32(0.02)
+    block = memoryview((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, 1):
         path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -101,8 +103,9 @@ def write(folder: Path, kind: str, layers: int, experts: int, width: int, inner:
                 file.truncate(8 + len(text) + end)
             else:
                 for _, shape in shard:
-                    values = generator.standard_normal(int(np.prod(shape)), np.float32) * np.float32(0.02)
-                    file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+                    left = 2 * int(np.prod(shape))
+                    while left:
+                        left -= file.write(block[:left])
         total += end
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
@@ -204,52 +207,58 @@ for path in sorted(glob.glob(source + "/*.safetensors")):
 def bench_prune(folder: Path, rounds: int, gigabytes: float) -> None:
     sizes = {"qwen3_moe": (32, 1024, 704), "mixtral": (8, 2048, 3072)}
     print("| what | seconds | `cp` of the output, seconds | ratio (range) |\n| --- | --- | --- | --- |")
+    peaks = {}
     for kind, (experts, width, inner) in sizes.items():
-        layer_bytes = experts * width * inner * 6
-        layers = max(2, round(gigabytes * 1e9 / layer_bytes))
+        layers = max(2, round(gigabytes * 1e9 / (experts * width * inner * 6)))
         source = write(folder / kind, kind, layers, experts, width, inner)
-        out, twin = folder / "out", folder / "twin"
-        keep = ",".join(map(str, range(0, experts, 2)))
-        words = ["prune", str(source), "--keep", keep]
-        moses(out, *words)
-        reference = Path(shutil.copytree(out, folder / "reference"))
-        measured(f"{kind}: prune half", rounds, lambda: moses(out, *words), lambda: copy(reference, twin))
-        measured(
-            f"{kind}: prune half, --hash", rounds, lambda: moses(out, *words, "--hash"), lambda: copy(reference, twin)
-        )
-        ways = {"from_pretrained, cut, save_pretrained": FROM_PRETRAINED, "safe_open, shard by shard": SAFE_OPEN}
-        for name, code in ways.items():
+        peaks[kind] = bench_type(folder, rounds, kind, source, experts)
+        shutil.rmtree(source)
+    for kind, most in peaks.items():
+        print(f"\n{kind}: peak anonymous memory of prune {most:.1f} MiB")
 
-            def rival(code: str = code) -> None:
-                shutil.rmtree(out, ignore_errors=True)
-                run([sys.executable, "-c", code, str(source), str(out), kind, str(experts)])
-                run(["sync"])
 
-            measured(f"{kind}: {name}", 1 if "from" in name else rounds, rival, lambda: copy(reference, twin))
+def bench_type(folder: Path, rounds: int, kind: str, source: Path, experts: int) -> float:
+    """Every operation on one checkpoint; returns the peak memory of prune in MiB."""
+    out, twin = folder / "out", folder / "twin"
+    keep = ",".join(map(str, range(0, experts, 2)))
+
+    def against(name: str, work: Callable[[], object], times: int = rounds) -> None:
+        """Measure `work`, which writes `out`, against a copy of what it writes."""
+        work()
+        reference = out.rename(folder / "reference")
+        measured(f"{kind}: {name}", times, work, lambda: copy(reference, twin))
         shutil.rmtree(reference)
-        for name, more in (
-            ("convert to fused", ["convert", str(source), "--layout", "fused"]),
-            ("extract half", ["extract", str(source), "--experts", keep]),
-        ):
-            moses(out, *more)
-            reference = Path(shutil.copytree(out, folder / "reference"))
-            measured(f"{kind}: {name}", rounds, lambda more=more: moses(out, *more), lambda: copy(reference, twin))
-            shutil.rmtree(reference)
         shutil.rmtree(out)
-        fused = folder / "fused"
-        moses(fused, "convert", str(source), "--layout", "fused")
-        again = ["convert", str(fused), "--layout", "per-expert"]
-        measured(f"{kind}: convert to per-expert", rounds, lambda: moses(out, *again), lambda: copy(source, twin))
-        half = folder / "half"
-        moses(half, *words)
-        joint = ["merge", str(half), str(half)]
-        moses(out, *joint)
-        measured(f"{kind}: merge two halves", rounds, lambda: moses(out, *joint), lambda: copy(source, twin))
-        shutil.rmtree(out)
-        memory = peak([*MOSES, *words, "--out", str(out)])
-        print(f"\n{kind}: peak anonymous memory of prune {memory:.1f} MiB\n", flush=True)
-        for path in (out, twin, half, fused, source):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(twin)
+
+    def by_moses(name: str, *words: str) -> None:
+        against(name, lambda: moses(out, *words))
+
+    def by_script(name: str, code: str, times: int) -> None:
+        def work() -> None:
+            shutil.rmtree(out, ignore_errors=True)
+            run([sys.executable, "-c", code, str(source), str(out), kind, str(experts)])
+            run(["sync"])
+
+        against(name, work, times)
+
+    by_moses("prune half", "prune", str(source), "--keep", keep)
+    by_moses("prune half, --hash", "prune", str(source), "--keep", keep, "--hash")
+    by_script("prune half by safe_open, shard by shard", SAFE_OPEN, rounds)
+    by_script("prune half by from_pretrained and save_pretrained", FROM_PRETRAINED, 1)
+    by_moses("extract half", "extract", str(source), "--experts", keep)
+    by_moses("convert to fused", "convert", str(source), "--layout", "fused")
+    fused, half = folder / "fused", folder / "half"
+    moses(fused, "convert", str(source), "--layout", "fused")
+    by_moses("convert to per-expert", "convert", str(fused), "--layout", "per-expert")
+    by_moses("prune half, fused", "prune", str(fused), "--keep", keep)
+    shutil.rmtree(fused)
+    moses(half, "prune", str(source), "--keep", keep)
+    by_moses("merge two halves", "merge", str(half), str(half))
+    shutil.rmtree(half)
+    most = peak([*MOSES, "prune", str(source), "--keep", keep, "--out", str(out)])
+    shutil.rmtree(out)
+    return most
 
 
 def bench_grow(folder: Path, rounds: int) -> None:
@@ -258,26 +267,24 @@ def bench_grow(folder: Path, rounds: int) -> None:
         "| checkpoint | new bytes | seconds | `cp` of the new bytes, seconds | 3 x cp + 0.3 |\n| --- | --- | --- | --- | --- |"
     )
     for gigabytes in (1, 8):
-        experts = 8 * gigabytes
-        source = write(folder / "grow", "qwen3_moe", 20, experts, 1024, 1024, sparse=False, shard_bytes=1 << 30)
-        new = folder / "new"
-        times, copies, written = [], [], 0
-        for _ in range(rounds):
-            before = {path.name for path in source.glob("*.safetensors")}
-            times.append(
-                seconds(lambda: (run([*MOSES, "grow", str(source), "--add", "1", "--in-place"]), run(["sync"])))
-            )
-            made = [path for path in source.glob("*.safetensors") if path.name not in before]
-            written = sum(path.stat().st_size for path in made)
-            new.mkdir()
-            copies.append(seconds(lambda: (run(["cp", *map(str, made), str(new)]), run(["sync"]))))  # noqa: B023
-            shutil.rmtree(new)
-        ours, theirs = statistics.median(times), statistics.median(copies)
-        print(
-            f"| {gigabytes} GB | {written / 1e6:.0f} MB | {ours:.2f} | {theirs:.2f} | {3 * theirs + 0.3:.2f} |",
-            flush=True,
-        )
+        source = write(folder / "grow", "qwen3_moe", 20, 8 * gigabytes, 1024, 1024, shard_bytes=1 << 30)
+        grow(f"{gigabytes} GB", source, folder / "new", rounds)
         shutil.rmtree(source)
+
+
+def grow(name: str, source: Path, new: Path, rounds: int) -> None:
+    times, copies, written = [], [], 0
+    for _ in range(rounds):
+        before = {path.name for path in source.glob("*.safetensors")}
+        times.append(seconds(lambda: (run([*MOSES, "grow", str(source), "--add", "1", "--in-place"]), run(["sync"]))))
+        made = [path for path in source.glob("*.safetensors") if path.name not in before]
+        written = sum(path.stat().st_size for path in made)
+        new.mkdir()
+        words = ["cp", *map(str, made), str(new)]
+        copies.append(seconds(lambda words=words: (run(words), run(["sync"]))))  # type: ignore[misc]
+        shutil.rmtree(new)
+    ours, theirs = statistics.median(times), statistics.median(copies)
+    print(f"| {name} | {written / 1e6:.0f} MB | {ours:.2f} | {theirs:.2f} | {3 * theirs + 0.3:.2f} |", flush=True)
 
 
 def bench_sparse(folder: Path, rounds: int) -> None:
@@ -286,7 +293,7 @@ def bench_sparse(folder: Path, rounds: int) -> None:
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     print(f"\n{size / 1e9:.0f} GB of holes, {count} tensors, {len(list(source.glob('*.safetensors')))} shards")
     for words in (["inspect", str(source)], ["prune", str(source), "--keep", "0-63", "--dry-run"]):
-        times = [seconds(lambda: run([*MOSES, *words])) for _ in range(rounds)]  # noqa: B023
+        times = [seconds(partial(run, [*MOSES, *words])) for _ in range(rounds)]
         print(
             f"moses {words[0]}: {statistics.median(times):.2f} s, peak anonymous memory {peak([*MOSES, *words]):.0f} MiB",
             flush=True,

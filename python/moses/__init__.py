@@ -17,7 +17,7 @@ from ._core import Mask, Registry
 from .errors import MosesError
 
 if TYPE_CHECKING:
-    from . import growth, ops, routers
+    from . import growth, ops, routers, surgery
     from .attachment import attach, detach
     from .checkpoint import load
     from .config import MosesConfig, TrainConfig
@@ -48,7 +48,7 @@ _LAZY = {
     "train": "training",
     "upcycle": "growth.upcycle",
 }
-_LAZY_MODULES = ("growth", "ops", "routers")
+_LAZY_MODULES = ("growth", "ops", "routers", "surgery")
 
 __all__ = [
     "DispatchPlan",
@@ -70,6 +70,7 @@ __all__ = [
     "ops",
     "prune",
     "routers",
+    "surgery",
     "train",
     "upcycle",
 ]

@@ -542,6 +542,22 @@ class SurgeryJob:
     ) -> SurgeryJob:
         """Plan by the JSON of a `SurgeryPlan`; nothing is read but headers. Raises `SurgeryError`."""
 
+    @staticmethod
+    def upcycle(
+        source: Checkpoint,
+        model_type: str,
+        config: str,
+        layers: Sequence[int],
+        num_experts: int,
+        noise: float,
+        seed: int,
+        empty: Sequence[tuple[str, Sequence[int]]],
+    ) -> SurgeryJob:
+        """Plan a mixture from a dense checkpoint: experts are copies of the FFNs of the blocks `layers`, gates are drawn.
+
+        `empty` are tensors of the class that stand for nothing, by block; -1 in a shape is the model's width. Raises `SurgeryError`.
+        """
+
     def describe(self, linked: bool) -> str:
         """Tensors by fate, shards, files, bytes read and written, notes, as JSON."""
 

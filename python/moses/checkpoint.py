@@ -27,6 +27,9 @@ from .run_files import CONFIG, REGISTRY, adapter_file, identifier_file
 from .stream.identify import IdentifierConfig, TaskIdentifier
 from .targets import hidden_size
 
+SHARED = "trunk."
+"""How the names of tensors begin that all tasks of a run share: the latest task's file holds them."""
+
 
 def load(path: str | PathLike[str], model: nn.Module | str | None = None) -> Any:
     """Load a run, the base model with every ended task of it attached; or the model in a folder that `moses.growth.save_model` wrote.
@@ -121,6 +124,12 @@ def forget_task(path: str | PathLike[str], name: str) -> dict[str, Any]:
                 owned = bytearray(_owned(registry, info.id, used, flat[info.id]))
                 weights = torch.frombuffer(owned, dtype=before[info.id]["weights"].dtype)
                 put[adapter_file(info)] = write_safetensors(before[info.id] | {"weights": weights})
+        shared = {key: value for key, value in before[task.id].items() if key.startswith(SHARED)}
+        if shared and kept:  # what all tasks share lies with the latest one
+            latest = kept[max(kept)]
+            mine = put.get(adapter_file(latest))
+            held = before[latest.id] if mine is None else read_safetensors(mine)
+            put[adapter_file(latest)] = write_safetensors(held | shared)
         stale = [file for file in (adapter_file(task), identifier_file(task)) if file in store.files()]
         store.commit(put, stale)
         return {"task": name, "bytes_freed": freed, "method": config.method}

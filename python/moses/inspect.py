@@ -14,6 +14,7 @@ from typing import Any
 
 from moses import _core
 from moses.errors import FormatError, ModelError
+from moses.growth.folder import DESCRIPTION
 from moses.run_config import RunConfig
 from moses.run_files import CONFIG, REGISTRY
 from moses.surgery.checkpoint import MODEL_TYPES, open_checkpoint
@@ -203,14 +204,15 @@ def _describe_checkpoint(path: Path, paths: list[Path]) -> dict[str, Any]:
     by_dtype: dict[str, int] = {}
     for tensor in tensors:
         by_dtype[tensor["dtype"]] = by_dtype.get(tensor["dtype"], 0) + tensor["bytes"]
-    config_path = path / CONFIG
-    config = read_json(config_path, config_path.read_bytes()) if config_path.is_file() else {}
-    experts = open_checkpoint(path).document if config.get("model_type") in MODEL_TYPES else None
+    config, layout = _config_of(path)
+    known = config.get("model_type") in MODEL_TYPES and not layout
+    experts = open_checkpoint(path).document if known else None
     return {
         "kind": "checkpoint",
         "path": str(path),
         "model_type": config.get("model_type"),
         "architectures": config.get("architectures"),
+        "layout": layout,
         "files": [
             {
                 "name": file.path.name,
@@ -230,6 +232,25 @@ def _describe_checkpoint(path: Path, paths: list[Path]) -> dict[str, Any]:
         if experts is None
         else {key: experts[key] for key in ("top_k", "groups", "superseded", "layers", "left_out")}
     )
+
+
+def _config_of(path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """The config of a folder of transformers, or of moses's own with what stands elsewhere than the config has it."""
+    for name in (CONFIG, DESCRIPTION):
+        file = path / name
+        if file.is_file():
+            document = read_json(file, file.read_bytes())
+            if name == CONFIG:
+                return document, []
+            config, layout = document.get("config"), document.get("layout")
+            if (
+                not isinstance(config, dict)
+                or not isinstance(layout, list)
+                or not all(isinstance(p, dict) for p in layout)
+            ):
+                raise FormatError(f"{file}: no config and layout; restore it from a copy", code="damaged_layout")
+            return {**config, "architectures": [document.get("architecture")]}, layout
+    return {}, []
 
 
 def _tensors(file: TensorFile) -> list[dict[str, Any]]:

@@ -55,7 +55,8 @@ def load_model(
     if (Path(source) / "moses_model.json").is_file():
         from moses.growth.folder import load_with_tokenizer
 
-        return (*load_with_tokenizer(source, dtype), "causal")
+        own, words = load_with_tokenizer(source, dtype)
+        return own, words, kind_of(own.config)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source}: no config.json: give a folder that save_pretrained wrote", code="not_a_model")
 

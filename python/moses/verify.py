@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from moses import _core
+from moses import _core, surgery
 from moses.errors import FormatError, SurgeryError
 from moses.frozen import check_tasks, compare_tasks
 from moses.inspect import INDEX, MANIFEST, neither, open_run, read_json
 from moses.report import PAGE, PICTURES, read_results
 from moses.run_files import CONFIG, LOG, REGISTRY, RESULTS, TRAINER
-from moses.surgery.checkpoint import MODEL_TYPES, open_checkpoint
-from moses.surgery.compare import verify as compare_with_sources
+from moses.surgery.checkpoint import MODEL_TYPES, RECORD, open_checkpoint
 from moses.tensorfile import TensorFile
 from moses.verdict import COPY, Verdict, problem_of
 
@@ -127,6 +126,11 @@ def _verify_checkpoint(path: Path) -> Verdict:
         document = verdict.caught(config, lambda: read_json(config, config.read_bytes()))
         if document is not None and document.get("model_type") in MODEL_TYPES and not verdict.problems:
             verdict.caught(path, partial(open_checkpoint, path))
+    if path.is_dir() and (path / RECORD).is_file() and not verdict.problems:
+        from moses.surgery.compare import changed_since_hashed
+
+        for what, problem in verdict.caught(path / RECORD, partial(changed_since_hashed, path)) or []:
+            verdict.add(path, "not_identical", f"{what}: {problem}", COPY)
     return verdict
 
 
@@ -135,7 +139,7 @@ def _compare_checkpoint(path: Path, sources: Sequence[str | Path]) -> Verdict:
     verdict = Verdict(str(path), "checkpoint", ", ".join(map(str, sources)))
     if path.is_dir():
         verdict.num_files = len(list(path.glob("*.safetensors")))
-    found = compare_with_sources(path, sources)
+    found = surgery.verify(path, sources)
     for what, problem in found.problems:
         verdict.add(path, "not_identical", f"{what}: {problem}", "run the surgery again")
     verdict.notes.append(
@@ -155,6 +159,15 @@ def _check_index(verdict: Verdict, index: Path, weight_map: object, headers: Map
         if shard not in unread:
             what = f"it names the tensor {name!r} in {shard!r}, which is not there"
             verdict.add(index, "tensor_missing", what, "download the shard again")
+    homes = {name: str(shard) for name, shard in weight_map.items()}
+    hidden = 0
     for name, shard in sorted(there - listed):
+        if homes.get(name, "") > shard:  # shards are read in the order of their names
+            hidden += 1
+            continue
         what = f"the index does not name its tensor {name!r}"
         verdict.add(index.parent / shard, "tensor_unlisted", what, "download the index again")
+    if hidden:
+        verdict.notes.append(
+            f"{hidden} stale tensors are hidden by a later shard: surgery into another folder drops them"
+        )

@@ -21,7 +21,8 @@ from moses.inspect import inspect_path
 from moses.methods import method_class
 from moses.models import load_model
 from moses.progress import Progress
-from moses.run_surgery import extract_run, grow_run, prune_run
+from moses.run_extract import extract_run
+from moses.run_surgery import grow_run, prune_run
 from moses.stream import load_stream
 from moses.verify import verify_path
 
@@ -416,6 +417,41 @@ def test_a_trained_trunk_is_saved_with_the_latest_task_and_the_base_still_answer
         other.load_task(task, parts)
     for task in (None, "one", "two"):
         assert torch.equal(logits(other, task), logits(method, task))
+
+
+def test_the_old_model_is_no_second_copy_where_the_trunk_is_frozen(tiny_model):
+    held = {}
+    for trained in (False, True):
+        method = make("lifelong-moe", tiny_model("llama"), train_trunk=trained)
+        learn(method, "one", 0, steps=1)
+        held[trained] = sum(value.numel() for value in method._old_trunk.values())
+    trunk = sum(p.numel() for name, p in tiny_model("llama").named_parameters() if ".layers.1.mlp." not in name)
+    assert held == {False: 0, True: trunk}
+
+
+def test_forgetting_the_latest_task_keeps_the_trained_trunk(tiny_folder, tmp_path):
+    run = train(tiny_folder, tmp_path / "run", "lifelong-moe", settings=QUICK | {"train_trunk": True})
+    first, last = run.results["tasks"][0], run.results["tasks"][-1]
+    checkpoint.forget_task(tmp_path / "run", last)
+    assert torch.equal(answers(moses.load(tmp_path / "run"), first), answers(run.model.eval(), first))
+
+
+def test_a_budget_is_kept_by_giving_up_the_least_used_experts(tiny_folder, tmp_path):
+    limit = {"identifier.num_features": 16, "add": 2}
+    budget = 3 * 26_000
+    run = train(tiny_folder, tmp_path / "run", "lifelong-moe", settings=QUICK | limit, budget=budget)
+    held = sum(
+        file.stat().st_size
+        for file in (tmp_path / "run").rglob("*")
+        if file.parent.parent.name in ("tasks", "identifier") or file.parent.name == "identifier"
+    )
+    assert held <= budget and run.results["budget"]["given_up"]
+    assert not verify_path(tmp_path / "run").problems
+    experts = run.model._answering.layers["model.layers.1.mlp"].num_experts
+    assert 1 < experts < 7
+    loaded = moses.load(tmp_path / "run")
+    for task in run.results["tasks"]:
+        assert torch.equal(answers(loaded, task), answers(run.model.eval(), task))
 
 
 def test_unknown_domains_are_answered_with_every_expert(tiny_model):

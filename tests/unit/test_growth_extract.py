@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 import moses
 from moses.errors import SurgeryError
 from moses.growth import MixtureFFN, dense_ffns, load_folder, moe_blocks, route, save_model
-from moses.growth.extract import apply, extract, extract_plan
+from moses.growth.extract import apply_extraction, extract, extract_plan
 from moses.growth.layout import describe
 from moses.growth.upcycle import upcycle
 from moses.routers import RandomRouter
+from moses.surgery import operations as on_disk
 from moses.surgery.plan import LayerSurgery, Slot, SurgeryPlan
 
 # Qwen2-MoE's shared expert of width 0
@@ -234,7 +235,7 @@ def test_merging_averages_and_says_where_it_cannot(made):
     model = made("mixtral")
     plan = extract_plan(model, {0: [1, 2], 1: [3]}, merge=True)
     assert plan["model.layers.0"] == LayerSurgery("model.layers.0", 8, (Slot((1, 2), (0.5, 0.5)),), dense=True)
-    merged = apply(model, SurgeryPlan.from_json(plan.to_json()))
+    merged = apply_extraction(model, SurgeryPlan.from_json(plan.to_json()))
     assert merged.config.model_type == "llama"
     mean = model.model.layers[0].mlp.experts.down_proj[1:3].mean(0)
     assert (merged.model.layers[0].mlp.down_proj.weight - mean).abs().max() < 1e-6
@@ -270,9 +271,61 @@ def test_plans_of_other_models_and_of_growth_are_refused(made):
         ((Slot((0,)),), 4, "plan_differs"),
     ):
         with pytest.raises(SurgeryError) as error:
-            apply(model, SurgeryPlan((LayerSurgery("model.layers.0", before, slots),)))
+            apply_extraction(model, SurgeryPlan((LayerSurgery("model.layers.0", before, slots),)))
         assert error.value.code == code
+
+
+def test_top_k_is_of_the_whole_model(made, tmp_path):
+    model = made("mixtral")
+    small = extract(model, {1: [6, 1, 3]}, top_k=1)
+    assert [block.top_k for block in moe_blocks(small)] == [1, 1] and small.config.num_experts_per_tok == 1
+    assert [place["path"] for place in describe(small)] == ["model.layers.1.mlp"]
+    with pytest.raises(SurgeryError) as error:
+        extract(model, {0: [1], 1: [0, 1, 2]}, top_k=4)
+    assert error.value.code == "top_k_too_large"
+    beside = upcycle(small_upcycled(), 4, layers=[0], keep_dense=True)
+    with pytest.raises(SurgeryError, match="has 4 experts and a token would use 5") as error:
+        extract(beside, {}, top_k=5)
+    assert error.value.code == "top_k_too_large"
+
+
+@pytest.mark.parametrize("router", ["gshard", "switch", "expert_choice", "noisy_topk"])
+def test_moses_routers_are_cut_and_load(router, tmp_path):
+    dense = small_upcycled()
+    model = upcycle(dense, 4, layers=[0], router=router, keep_dense=True, top_k=1 if router == "switch" else 2)
+    if router in ("gshard", "switch"):
+        with pytest.raises(SurgeryError) as error:
+            extract(model, {0: [1, 2, 3]}, top_k=3)
+        assert error.value.code == "fixed_top_k"
+    kept = [2, 3] if router != "switch" else [2]
+    small = extract(model, {0: kept, 1: [0]})
+    assert torch.equal(logits(load_folder(save_model(small, tmp_path / router))), logits(small))
+    assert [place["kind"] for place in describe(small)] == ["mixture"]
+    assert torch.equal(small.model.layers[0].mlp.router.weight, model.model.layers[0].mlp.router.weight[kept])
 
 
 def test_public_name():
     assert moses.extract is extract
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_a_plan_does_the_same_to_a_model_and_to_its_checkpoint(made, family, tmp_path):
+    model = made(family)
+    plan = extract_plan(model, {0: [6, 1, 3], 1: [0, 2, 7]})
+    folder = save_model(model, tmp_path / "full")
+    on_disk.apply(folder, plan, tmp_path / "small")
+    loaded, mine = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), apply_extraction(model, plan)
+    assert torch.equal(logits(loaded), logits(mine))
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mine.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_dense_plan_does_so_too(made, family, tmp_path):
+    model = made(family)
+    plan = extract_plan(model, {0: [6], 1: [0]})
+    on_disk.apply(save_model(model, tmp_path / "full"), plan, tmp_path / "small")
+    loaded, mine = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), apply_extraction(model, plan)
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mine.state_dict().items())
+    assert torch.equal(logits(loaded), logits(mine))

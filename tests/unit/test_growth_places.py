@@ -84,6 +84,14 @@ def test_what_cannot_be_upcycled_is_refused(tiny_model, tiny_mixture):
         dense_ffns(tiny_mixture("mixtral"))
 
 
+def test_two_stacks_of_blocks_are_refused(tiny_model):
+    model = tiny_model("llama")
+    model.model.tower = nn.ModuleList([tiny_model("llama").model.layers[0]])
+    with pytest.raises(SurgeryError, match=r"several stacks of blocks \(model\.layers, model\.tower\)") as error:
+        dense_ffns(model)
+    assert error.value.code == "not_upcyclable"
+
+
 def test_a_mixture_of_unknown_form_is_refused(tiny_model):
     model = tiny_model("llama")
     model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(32, 32)])

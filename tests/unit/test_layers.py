@@ -38,7 +38,7 @@ LAYERS = (
     ("budget", "segments"),
     ("session",),
     ("online",),
-    ("run_surgery", "training", "generate"),
+    ("run_surgery", "run_extract", "training", "generate"),
     ("cli", "__main__"),
 )
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}

@@ -11,7 +11,7 @@ import moses
 def test_public_names_are_what_they_say_whatever_was_imported_before():
     code = (
         "import moses, moses.attachment, moses.training, moses.checkpoint\n"
-        "modules = {'growth', 'ops', 'routers'}\n"
+        "modules = {'growth', 'ops', 'routers', 'surgery'}\n"
         "assert all(callable(getattr(moses, name)) for name in {*moses.__all__} - modules), moses.__all__\n"
         "assert all(getattr(moses, name).__name__ == f'moses.{name}' for name in modules)\n"
     )

@@ -137,6 +137,8 @@ def _show_checkpoint(document: Document) -> None:
     fields: list[tuple[str, object]] = [("checkpoint", document["path"])]
     if document["model_type"]:
         fields.append(("model type", document["model_type"]))
+    for place in document["layout"]:
+        fields.append((f"moses's {place.get('kind')}", place.get("path")))
     fields += [
         ("tensors", f"{document['num_tensors']}, {document['num_values']:,} values"),
         ("bytes", f"{format_bytes(document['bytes'])} ({dtypes or NOTHING})"),

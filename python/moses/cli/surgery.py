@@ -88,7 +88,7 @@ def prune(
 
     chosen = read_choice(keep or str(layer_experts)) if usage is None else None
     scores = None if usage is None else "magnitude" if usage == "magnitude" else read_usage(Path(usage))
-    _do(
+    carry_out(
         lambda writing: surgery.prune(
             checkpoint,
             out,
@@ -139,7 +139,7 @@ def grow(
     from moses.surgery.selection import read_choice
 
     chosen = None if sources is None else read_choice(sources)
-    _do(
+    carry_out(
         lambda writing: surgery.grow(
             checkpoint,
             out,
@@ -186,7 +186,7 @@ def extract(
     from moses.surgery.selection import read_choice
 
     chosen = read_choice(experts)
-    _do(
+    carry_out(
         lambda writing: surgery.extract(
             checkpoint, out, experts=chosen, dense=False if mixture else None, top_k=top_k, writing=writing
         ),
@@ -209,7 +209,7 @@ def merge(
     """Put the experts of later checkpoints beside the first's, and join the gates' rows."""
     from moses import surgery
 
-    _do(
+    carry_out(
         lambda writing: surgery.merge(checkpoints, out, top_k=top_k, writing=writing),
         checkpoints[0],
         out,
@@ -231,7 +231,7 @@ def convert(
     """Write the same model with its experts in another layout."""
     from moses import surgery
 
-    _do(
+    carry_out(
         lambda writing: surgery.convert(checkpoint, out, layout=layout.value, writing=writing),
         checkpoint,
         out,
@@ -240,9 +240,10 @@ def convert(
     )
 
 
-def _do(
+def carry_out(
     work: Callable[[Writing], Surgery], source: Path, out: Path | None, options: dict[str, Any], as_json: bool
 ) -> None:
+    """Do surgery that is written as `options` say, and show what was done."""
     from moses.surgery import Writing
 
     if out is None and not options.get("in_place") and not options["dry_run"]:

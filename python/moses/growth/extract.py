@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SurgeryError
-from ..routers import DenseRouter, ExpertChoiceRouter, RandomRouter, TopKRouter
+from ..routers import DenseRouter, ExpertChoiceRouter, GShardRouter, RandomRouter, SwitchRouter, TopKRouter
 from ..surgery.plan import LayerSurgery, Slot, SurgeryPlan
 from .blocks import MoEBlock, config_numbers, moe_blocks, parameter, set_parameter
 from .classes import build, dense_blocks, dense_config, sparse_fields
@@ -38,9 +38,9 @@ def extract(
         top_k: experts a token afterwards; None leaves it.
 
     Raises:
-        SurgeryError: as `extract_plan` and `apply`.
+        SurgeryError: as `extract_plan` and `apply_extraction`.
     """
-    return apply(model, extract_plan(model, experts, merge=merge, top_k=top_k))
+    return apply_extraction(model, extract_plan(model, experts, merge=merge, top_k=top_k))
 
 
 def extract_plan(
@@ -100,12 +100,12 @@ def _uses_all(module: nn.Module) -> bool:
     return isinstance(getattr(module, "router", None), (DenseRouter, ExpertChoiceRouter))
 
 
-def apply(model: Any, plan: SurgeryPlan) -> Any:
+def apply_extraction(model: Any, plan: SurgeryPlan) -> Any:
     """A new model after a plan that keeps, averages and leaves out experts.
 
     Raises:
         SurgeryError: `plan_differs` where the plan is of another model; `needs_growth` for new experts, which this does not make;
-            `groups_not_kept` where the gate chooses among groups of experts.
+            `groups_not_kept` where the gate chooses among groups of experts; `top_k_too_large`; `fixed_top_k` where the router has a k of its own.
     """
     blocks = {block.block: block for block in moe_blocks(model)}
     _require_fit(blocks, plan)
@@ -137,6 +137,22 @@ def _require_fit(blocks: Mapping[str, MoEBlock], plan: SurgeryPlan) -> None:
             raise SurgeryError(
                 f"{part.layer}: its gate chooses among {groups} groups of experts; cutting them would change which groups are chosen",
                 code="groups_not_kept",
+            )
+    slots = {part.layer: len(part.slots) for part in plan.layers if not part.dense}
+    plain = {part.layer for part in plan.layers if part.dense}
+    for name, block in blocks.items():
+        if plan.top_k is None or name in plain or _uses_all(block.module):
+            continue
+        if slots.get(name, block.num_experts) < plan.top_k:
+            raise SurgeryError(
+                f"{name}: has {slots.get(name, block.num_experts)} experts and a token would use {plan.top_k}; lower top-k",
+                code="top_k_too_large",
+            )
+        router = getattr(block.module, "router", None)
+        if isinstance(router, (GShardRouter, SwitchRouter)) and plan.top_k != router.top_k:
+            raise SurgeryError(
+                f"{name}: {type(router).__name__} gives a token {router.top_k} experts, not {plan.top_k}; leave top_k out",
+                code="fixed_top_k",
             )
 
 
@@ -217,9 +233,16 @@ def _in_layers(model: Any, plan: SurgeryPlan) -> Any:
     made = copy.deepcopy(model)
     blocks = {block.block: block for block in moe_blocks(made)}
     base: Any = _base(model) if any(part.dense for part in plan.layers) else None
-    for part in plan.layers:
-        block = blocks[part.layer]
+    surgery = {part.layer: part for part in plan.layers}
+    if plan.top_k is not None and hasattr(made.config, "num_experts_per_tok"):
+        made.config.num_experts_per_tok = plan.top_k
+    for name, block in blocks.items():
+        part = surgery.get(name)
         own = isinstance(block.module, MixtureFFN)
+        if part is None:
+            if plan.top_k is not None and not _uses_all(block.module):
+                block.set_numbers(block.num_experts, plan.top_k)
+            continue
         if part.dense:
             tensors = _fused(made, block, part.slots[0])
             made.set_submodule(block.path, _ffn(block, tensors, base.get_submodule(block.path) if own else None))
@@ -227,10 +250,13 @@ def _in_layers(model: Any, plan: SurgeryPlan) -> Any:
         top_k = plan.top_k or block.top_k
         if _uses_all(block.module):
             top_k = len(part.slots)
+        router = getattr(block.module, "router", None)
+        if isinstance(router, ExpertChoiceRouter):
+            router.capacity = min(router.capacity, float(top_k))
         if block.gate is None:
             _cut_table(block, part)
-        for name in (*block.gate_tensors, *block.expert_tensors):
-            set_parameter(made, name, slot_rows(parameter(made, name).detach(), part.slots))
+        for tensor in (*block.gate_tensors, *block.expert_tensors):
+            set_parameter(made, tensor, slot_rows(parameter(made, tensor).detach(), part.slots))
         block.set_numbers(len(part.slots), top_k)
     return made
 

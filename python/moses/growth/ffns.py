@@ -125,6 +125,12 @@ def dense_ffns(model: nn.Module) -> list[DenseFFN]:
             f"{', '.join('+'.join((*parts, last)) for parts, last in LAYOUTS)}; give a model of such a family",
             code="not_upcyclable",
         )
+    if len({ffn.block.rpartition(".")[0] for ffn in found}) > 1:
+        stacks = sorted({ffn.block.rpartition(".")[0] for ffn in found})
+        raise SurgeryError(
+            f"{name} has FFNs in several stacks of blocks ({', '.join(stacks)}); give the language model alone",
+            code="not_upcyclable",
+        )
     twice = [a.block for a, b in itertools.pairwise(found) if a.block == b.block]
     if twice:
         raise SurgeryError(f"{name}: {twice[0]} has two FFNs; one is expected", code="not_upcyclable")

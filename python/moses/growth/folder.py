@@ -103,6 +103,7 @@ def _document(model: Any, places: list[dict[str, Any]]) -> dict[str, Any]:
 
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where it was loaded from says nothing to others
+    config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     document = {
         "format": FORMAT,
@@ -262,6 +263,7 @@ def _skeleton(document: dict[str, Any], device: str) -> Any:
         with torch.device(device), no_init_weights():
             model = make._from_config(config, dtype=getattr(torch, document["dtype"]))
             model.tie_weights()  # which no_init_weights leaves out
+            model.config.architectures = [document["architecture"]]
             arrange(model, document["layout"])
     except FormatError:
         raise

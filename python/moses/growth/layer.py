@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ def route(**routing: Any) -> Iterator[dict[str, RouterOutput]]:
         yield outputs
     finally:
         _ROUTING.reset(token)
+
+
+@cache
+def _keywords(router: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(router.forward).parameters) - {"self", "x"}
 
 
 class _Tokens:
@@ -139,7 +145,6 @@ class MixtureFFN(MoELayer):
             self.experts = BiasedExperts(d_model, d_ff, num_experts, kind, activation)
         self.d_model, self.d_ff, self.dropout, self.block = d_model, d_ff, dropout, block
         self.register_module("dense", dense)
-        self._keywords = frozenset(inspect.signature(router.forward).parameters) - {"x"}
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(..., D) to (..., D) of x's dtype; the router's keywords come from `route`.
@@ -148,7 +153,9 @@ class MixtureFFN(MoELayer):
             ModelError, DispatchError: as `MoELayer`.
         """
         context = _ROUTING.get()
-        routing = {} if context is None else {k: v for k, v in context[0].items() if k in self._keywords}
+        kind: Any = type(self.router)
+        takes = _keywords(kind)
+        routing = {} if context is None else {k: v for k, v in context[0].items() if k in takes}
         y, said = super().forward(x, **routing)
         if context is not None:
             context[1][self.block] = said

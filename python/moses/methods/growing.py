@@ -211,6 +211,13 @@ class GrowingMethod(Method):
         """The trunk's parameters by name, where they are trained; detached."""
         return {name: parameter.detach() for name, parameter in self._trunk().items()}
 
+    def expert_bytes(self) -> dict[str, int]:
+        """Bytes of one expert with its gate row, by its layer's path."""
+        return {
+            info.name: sum(space.units_per_expert * space.unit_bytes for space in info.spaces)
+            for info in self.registry.layers()
+        }
+
     @property
     def base_experts(self) -> dict[str, int]:
         """By a layer's path, the experts that are the base model's."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..config import as_tuple, check_choice, check_int, check_real
+from ..errors import ConfigError
 from ..growth.blocks import MoEBlock
 from ..growth.ffns import DenseFFN
 from ..growth.install import growing_places
@@ -31,7 +32,7 @@ class LifelongMoEConfig:
         add: ΔE, experts that a task adds to every layer.
         every: FFNs of every so many blocks of a dense model become mixtures, with the FFN as their first expert; 2 as in the paper.
         layers: numbers of the blocks, in place of `every`.
-        top_k: experts a token in layers that were dense; a mixture keeps its own.
+        top_k: experts a token in layers that were dense (with 1, gates learn by the balance loss alone); a mixture keeps its own.
         kl: λ, weight of KL(old ‖ new) on the current data; 0 is without.
         balance_weight: of the balance loss, mean over the layers.
         noise: on a new expert and its gate row, relative to the deviation of each tensor that it is copied from.
@@ -79,6 +80,7 @@ class LifelongMoEMethod(GrowingMethod):
         self._used: dict[str, Tensor] = {}
         self._old: dict[str, int] = dict(self._base)
         self._old_trunk: dict[str, Tensor] = {}
+        self._add = config.add
 
     @classmethod
     def places(cls, model: nn.Module, config: LifelongMoEConfig) -> Sequence[DenseFFN] | Sequence[MoEBlock]:
@@ -106,11 +108,11 @@ class LifelongMoEMethod(GrowingMethod):
         self._old = {path: layer.num_experts for path, layer in self.layers.items()}
         self._old_trunk = {key: p.detach().clone() for key, p in self._trunk().items()} if config.kl else {}
         for path, layer in self.layers.items():
-            slots = [Slot(new=True)] * config.add
+            slots = [Slot(new=True)] * self._add
             if config.source == "most-used":
                 used = self._used.get(path, torch.zeros(layer.num_experts, dtype=torch.int64))
                 best = torch.sort(used, descending=True, stable=True).indices.tolist()
-                slots = [Slot((best[i % len(best)],), new=True, noise=config.noise) for i in range(config.add)]
+                slots = [Slot((best[i % len(best)],), new=True, noise=config.noise) for i in range(self._add)]
             layer.grow(slots, config.seed, task, path)
 
     def used_experts(self, task: int, path: str) -> list[int]:
@@ -127,6 +129,54 @@ class LifelongMoEMethod(GrowingMethod):
 
     def answer_task(self, task: int) -> AbstractContextManager[object]:
         return self.context.use(visible=self._visible[task]) if self.config.known_domain else nullcontext()
+
+    # -- fixed capacity ------------------------------------------------------------------------------------------------
+
+    def smallest_task(self) -> int:
+        """One expert in every layer."""
+        if self.config.train_trunk:
+            raise ConfigError(
+                "lifelong-moe with train_trunk=true keeps to no budget: every task writes the trunk; leave one of them out",
+                code="no_budget",
+            )
+        return sum(self.expert_bytes().values())
+
+    def usual_task(self) -> int:
+        return self.config.add * self.smallest_task()
+
+    def limit_task(self, num_bytes: int) -> None:
+        self._add = max(1, min(self.config.add, num_bytes // self.smallest_task()))
+
+    def give_up(self, num_bytes: int) -> dict[str, float]:
+        """The rule: again and again, the added expert with the smallest share of its layer's training tokens goes; the older one at a tie."""
+        sizes, worth = self.expert_bytes(), []
+        for number, (path, layer) in enumerate(self.layers.items()):
+            tokens = self.total_use(path).double()
+            shares = (tokens / tokens.sum().clamp(min=1.0)).tolist()
+            worth += [(shares[place], number, place, path) for place in range(self._base[path], layer.num_experts)]
+        gone: dict[str, list[int]] = {}
+        freed = 0
+        for _, _, place, path in sorted(worth):
+            if freed >= num_bytes:
+                break
+            gone.setdefault(path, []).append(place)
+            freed += sizes[path]
+        before = {info.name: self._used_bytes(info.id, sizes) for info in self.registry.tasks()}
+        if gone:
+            self.drop_experts(gone)
+        lost = {}
+        for info in self.registry.tasks():
+            left = self._used_bytes(info.id, sizes)
+            if left < before[info.name]:
+                lost[info.name] = 1.0 - left / before[info.name]
+        return lost
+
+    def _used_bytes(self, task: int, sizes: dict[str, int]) -> int:
+        return sum(
+            sizes[info.name] * len(self._experts_of(info.id, task, owned=False)) for info in self.registry.layers()
+        )
+
+    # -- losses --------------------------------------------------------------------------------------------------------
 
     def extra_loss(
         self, model: nn.Module, inputs: dict[str, Any], outputs: Any, seen: Sequence[tuple[str, RouterOutput]]

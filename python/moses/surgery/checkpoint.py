@@ -6,18 +6,20 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._core import Checkpoint as NativeCheckpoint
 from ..errors import SurgeryError
-from .selection import Facts
+
+if TYPE_CHECKING:
+    from .selection import Facts
 
 RECORD = "moses_surgery.json"
 """What surgery writes of itself into its output: the plan and, where asked for, hashes."""
 
 MANIFEST = "manifest.json"
 
-MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "deepseek_v2", "deepseek_v3", "gpt_oss")
 """The model types of the core's table of layouts."""
 
 
@@ -37,6 +39,8 @@ class CheckpointFolder:
     @cached_property
     def facts(self) -> Facts:
         """What a plan needs. Raises `SurgeryError` where there are no experts that surgery knows."""
+        from .selection import Facts
+
         document = self.document
         if not document["layers"]:
             known = "it has no layer with experts" if document["known"] else "surgery does not know this model type"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._core import compare_checkpoints
+from .._core import blake3_hex, compare_checkpoints
 from ..errors import SurgeryError
+from ..tensorfile import TensorFile
 from .checkpoint import RECORD, open_checkpoint
 from .plan import SurgeryPlan
 from .selection import read_json
@@ -69,6 +71,32 @@ def read_record(path: str | Path) -> Mapping[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("plan"), dict):
         raise SurgeryError(f"{record}: it holds no plan; give the plan", code="no_record")
     return found
+
+
+def changed_since_hashed(path: str | Path) -> list[tuple[str, str]]:
+    """Tensors that are not what their recorded hash says, and how; none where no hashes were recorded (`--hash`).
+
+    Raises FormatError where a shard is damaged, SurgeryError where the record is.
+    """
+    path = Path(path)
+    if not (path / RECORD).is_file():
+        return []
+    hashes = read_record(path).get("blake3", {})
+    if not isinstance(hashes, dict):
+        raise SurgeryError(f"{path / RECORD}: its blake3 is no object; write the checkpoint again", code="no_record")
+    left = dict(hashes)
+    for shard in sorted(path.glob("*.safetensors")):
+        file = TensorFile.open(shard)
+        if not any(name in hashes for name in file.tensors):
+            continue
+        with shard.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            start = 8 + int.from_bytes(mapped[:8], "little")
+            with memoryview(mapped) as view:
+                for name, info in file.tensors.items():
+                    with view[start + info.begin : start + info.end] as content:
+                        if name in left and blake3_hex(content) == left[name]:
+                            del left[name]
+    return [(name, "its bytes are not those that were recorded") for name in sorted(left)]
 
 
 def verify(path: str | Path, against: str | Path | Sequence[str | Path], plan: SurgeryPlan | None = None) -> Comparison:

@@ -191,6 +191,14 @@ def convert(
     return _do("convert", [opened], SurgeryPlan(()), out, layout, writing or Writing())
 
 
+def require_place(out: PathLike | None, writing: Writing) -> None:
+    """Raise `SurgeryError` (`bad_choice`) unless there is one place for the output, or none is needed."""
+    if writing.in_place and out is not None:
+        raise SurgeryError("give an output folder, or in_place, not both", code="bad_choice")
+    if out is None and not writing.in_place and not writing.dry_run:
+        raise SurgeryError("give an output folder, or in_place, or dry_run", code="bad_choice")
+
+
 def _do(
     operation: str,
     opened: Sequence[CheckpointFolder],
@@ -199,10 +207,7 @@ def _do(
     layout: LayoutName | None,
     writing: Writing,
 ) -> Surgery:
-    if writing.in_place and out is not None:
-        raise SurgeryError("give an output folder, or in_place, not both", code="bad_choice")
-    if out is None and not writing.in_place and not writing.dry_run:
-        raise SurgeryError("give an output folder, or in_place, or dry_run", code="bad_choice")
+    require_place(out, writing)
     job = SurgeryJob.plan(
         [part.native for part in opened], plan.to_json(), operation, layout, writing.uneven, writing.in_place
     )

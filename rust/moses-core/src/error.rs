@@ -226,7 +226,7 @@ errors! {
 
     /// The table of layouts has no such type.
     ModelType { path: String, model_type: String } "model_type_unknown" Surgery
-        "{path}: surgery does not know the model type {model_type:?}: it knows mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3 and gpt_oss";
+        "{path}: surgery does not know the model type {model_type:?}: it knows mixtral, qwen2_moe, qwen3_moe, olmoe, flex_olmo, deepseek_v2, deepseek_v3 and gpt_oss";
     /// A plan that does not fit the checkpoint.
     PlanMisfit { what: String, problem: String } "plan_misfit" Surgery
         "{what}: {problem}; make the plan for this checkpoint";

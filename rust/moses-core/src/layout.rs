@@ -219,6 +219,16 @@ pub const MODEL_TYPES: &[ModelType] = &[
         dense: None,
     },
     ModelType {
+        name: "flex_olmo",
+        num_experts: &["num_experts", "num_local_experts"],
+        always_written: &["num_experts"],
+        top_k: &["num_experts_per_tok"],
+        expert_width: "intermediate_size",
+        groups: None,
+        layouts: PLAIN,
+        dense: None,
+    },
+    ModelType {
         name: "deepseek_v2",
         num_experts: &["n_routed_experts", "num_local_experts", "num_experts"],
         always_written: &["n_routed_experts"],
@@ -297,3 +307,6 @@ impl ModelType {
         self.layouts.iter().find(|names| names.layout == layout)
     }
 }
+
+/// The FFN of a block of the dense types that can be upcycled (llama, mistral, qwen2, qwen3, olmo2): where a role lies.
+pub const DENSE_FFN: &[(&str, &str)] = DENSE_MLP;

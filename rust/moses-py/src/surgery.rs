@@ -63,6 +63,27 @@ impl SurgeryJob {
         })
     }
 
+    /// `empty`: tensors that stand for nothing, by block; -1 in a shape is the model's width.
+    #[staticmethod]
+    #[allow(clippy::too_many_arguments)] // They are keywords in Python.
+    #[pyo3(signature = (source, model_type, config, layers, num_experts, noise, seed, empty))]
+    fn upcycle(
+        py: Python<'_>,
+        source: Py<Checkpoint>,
+        model_type: String,
+        config: String,
+        layers: Vec<u64>,
+        num_experts: u64,
+        noise: f64,
+        seed: u64,
+        empty: Vec<(String, Vec<i64>)>,
+    ) -> PyResult<Self> {
+        let sizes = |shape: Vec<i64>| shape.into_iter().map(|size| u64::try_from(size).unwrap_or(u64::MAX)).collect();
+        let empty = empty.into_iter().map(|(name, shape)| (name, sizes(shape))).collect();
+        let wanted = surgery::Upcycle { model_type, config, layers, num_experts, noise, seed, empty };
+        py.detach(|| Ok(Self(surgery::upcycle(&source.get().0, &wanted).map_err(Failure)?)))
+    }
+
     fn describe(&self, py: Python<'_>, linked: bool) -> String {
         py.detach(|| self.0.describe(linked).to_string())
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
 from moses import surgery
-from moses.errors import SurgeryError
+from moses.cli import main
+from moses.errors import FormatError, SurgeryError
 from moses.surgery import Writing
 
 from .conftest import COUNT_KEY, LAYOUTS, TYPES, load, logits, make_config, make_model, read_config, rebuilt, save
@@ -255,3 +257,230 @@ def test_the_record_is_the_plan(checkpoints, tmp_path):
         for name, digest in record["blake3"].items():
             assert core.blake3_hex(file.get_tensor(name).tobytes()) == digest
         assert set(record["blake3"]) == set(file.keys())
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@both
+def test_growth_in_place(kind, layout, shards, models, copied):
+    source = copied(kind, layout, shards)
+    before = {path.name: path.stat().st_ino for path in source.glob("*.safetensors")}
+    done = surgery.grow(source, add=2, sources=[1, 2], new_rows="copy", writing=Writing(in_place=True))
+    assert done.path == source
+    slots = [0, 1, 1, 2, 3, 2] if kind in GROUPED else [0, 1, 2, 3, 1, 2]
+    expected = rebuilt([models(kind)], slots, kind)
+    assert torch.equal(logits(load(source)), logits(expected))
+    again = surgery.grow(
+        source, add=2, sources=[4, 1] if kind in GROUPED else [4, 5], new_rows="copy", writing=Writing(in_place=True)
+    )
+    picked = [n for n, slot in enumerate(again.plan.layers[0].slots)]
+    second = [slot.sources[0] for slot in again.plan.layers[0].slots]
+    assert len(picked) == 8
+    assert torch.equal(logits(load(source)), logits(rebuilt([expected], second, kind)))
+    assert all("model" in name for name in before)
+    assert surgery.verify(source, source, surgery.SurgeryPlan(())).ok
+
+
+def test_link_shares_what_does_not_change(checkpoints, tmp_path):
+    source = checkpoints("qwen2_moe", "per-expert", 6)
+    done = surgery.prune(source, tmp_path / "out", keep={"model.layers.1": [0, 1, 2, 3]}, writing=Writing(link=True))
+    linked = [
+        path for path in done.path.glob("*.safetensors") if path.stat().st_ino == (source / path.name).stat().st_ino
+    ]
+    assert len(linked) == done.description["unchanged_shards"] == len(done.description["shards"])
+    assert done.description["bytes_written"] == 0
+    half = surgery.prune(source, tmp_path / "half", keep=[0, 1, 2], writing=Writing(link=True))
+    assert surgery.verify(half.path, source).ok
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(checkpoints, tmp_path):
+    source = checkpoints("qwen3_moe", "per-expert", 3)
+    planned = surgery.prune(source, keep=[0, 1], writing=Writing(dry_run=True)).description
+    assert planned["tensors"] == {"cut": 2, "dropped": 12, "kept": 31, "made": 0, "renamed": 0}
+    done = surgery.prune(source, tmp_path / "out", keep=[0, 1])
+    assert planned == done.description
+    assert planned["bytes_written"] == sum(path.stat().st_size for path in done.path.glob("*.safetensors"))
+    unchanged = {shard["name"] for shard in planned["shards"] if shard["unchanged"]}
+    written = [path.read_bytes()[:8] for path in done.path.glob("*.safetensors") if path.name not in unchanged]
+    headers = sum(8 + int.from_bytes(length, "little") for length in written)
+    assert planned["bytes_read"] == planned["bytes_written"] - headers
+
+
+def raw_checkpoint(folder, config, tensors):
+    """Tensors of bytes under any name, dtype and shape, in one file."""
+    folder.mkdir()
+    header, data = {}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def raw_tensors(folder):
+    raw = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    return {
+        n: (e["dtype"], e["shape"], raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]])
+        for n, e in header.items()
+    }
+
+
+def mxfp4(folder, experts=4):
+    """GptOss as published: blocks and scales of four-bit numbers, by the shapes of its checkpoints."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(dtype, *shape):
+        width = {"U8": 1, "BF16": 2}[dtype]
+        count = width * math.prod(shape)
+        return dtype, list(shape), bytes(torch.randint(256, (count,), generator=generator).tolist())
+
+    block = "model.layers.0.mlp"
+    tensors = {
+        f"{block}.experts.gate_up_proj_blocks": tensor("U8", experts, 8, 2, 16),
+        f"{block}.experts.gate_up_proj_scales": tensor("U8", experts, 8, 2),
+        f"{block}.experts.gate_up_proj_bias": tensor("BF16", experts, 8),
+        f"{block}.experts.down_proj_blocks": tensor("U8", experts, 64, 1, 16),
+        f"{block}.experts.down_proj_scales": tensor("U8", experts, 64, 1),
+        f"{block}.experts.down_proj_bias": tensor("BF16", experts, 64),
+        f"{block}.router.weight": tensor("BF16", experts, 64),
+        f"{block}.router.bias": tensor("BF16", experts),
+    }
+    config = {"model_type": "gpt_oss", "num_local_experts": experts, "num_experts_per_tok": 1, "experts_per_token": 1}
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}
+    return raw_checkpoint(folder, config, tensors)
+
+
+def test_mxfp4_is_cut_in_whole_experts_and_never_computed_with(tmp_path):
+    source = mxfp4(tmp_path / "source")
+    done = surgery.prune(source, tmp_path / "out", keep=[2, 0])
+    before, after = raw_tensors(source), raw_tensors(done.path)
+    assert set(before) == set(after)
+    for name, (dtype, shape, content) in before.items():
+        size = len(content) // 4
+        assert after[name] == (dtype, [2, *shape[1:]], content[2 * size : 3 * size] + content[:size])
+    assert surgery.verify(done.path, source).ok
+    config = read_config(done.path)
+    assert (config["num_local_experts"], config["quantization_config"]["quant_method"]) == (2, "mxfp4")
+    grown = surgery.grow(source, tmp_path / "grown", add=1)
+    assert (
+        raw_tensors(grown.path)["model.layers.0.mlp.router.bias"][2][-2:]
+        == torch.tensor([-1e4]).bfloat16().view(torch.uint8).numpy().tobytes()
+    )
+    for refused in (
+        lambda: surgery.grow(source, tmp_path / "x", add=1, noise=0.1),
+        lambda: surgery.convert(source, tmp_path / "x", layout="fused"),
+        lambda: surgery.prune(source, usage="magnitude", to=2, writing=Writing(dry_run=True)),
+    ):
+        with pytest.raises(SurgeryError) as caught:
+            refused()
+        assert caught.value.code == "surgery_unsupported"
+
+
+def fp8(folder, quantised):
+    """Two experts with a scale beside each matrix, as DeepSeek's published checkpoints have them."""
+    block = "model.layers.0.mlp"
+    tensors = {
+        f"{block}.gate.weight": ("F32", [2, 2], bytes(16)),
+        f"{block}.gate.e_score_correction_bias": ("F32", [2], bytes(8)),
+    }
+    for expert in (0, 1):
+        for number, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+            tensors[f"{block}.experts.{expert}.{name}.weight"] = ("F8_E4M3", [2, 2], bytes([expert * 10 + number] * 4))
+            tensors[f"{block}.experts.{expert}.{name}.weight_scale_inv"] = (
+                "F32",
+                [1, 1],
+                bytes([expert * 10 + number] * 4),
+            )
+    config = {
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    return raw_checkpoint(folder, config | {"quantization_config": quantised}, tensors)
+
+
+def test_scales_move_with_their_experts(tmp_path):
+    source = fp8(tmp_path / "source", {"quant_method": "fp8"})
+    done = surgery.prune(source, tmp_path / "out", keep=[1])
+    after = raw_tensors(done.path)
+    assert after["model.layers.0.mlp.experts.0.up_proj.weight_scale_inv"] == ("F32", [1, 1], bytes([11] * 4))
+    assert after["model.layers.0.mlp.experts.0.up_proj.weight"] == ("F8_E4M3", [2, 2], bytes([11] * 4))
+    assert any("weight_scale_inv" in note for note in done.description["notes"])
+    for refused in (
+        lambda: surgery.convert(source, tmp_path / "x", layout="fused"),
+        lambda: surgery.grow(source, tmp_path / "x", add=1, noise=0.1),
+    ):
+        with pytest.raises(SurgeryError) as caught:
+            refused()
+        assert caught.value.code == "surgery_unsupported"
+
+
+def test_a_quantisation_that_names_single_experts_is_refused(tmp_path):
+    source = fp8(tmp_path / "source", {"ignored_layers": ["model.layers.0.mlp.experts.0.up_proj"]})
+    with pytest.raises(SurgeryError, match="names single experts"):
+        surgery.prune(source, tmp_path / "out", keep=[1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_a_checkpoint(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(SurgeryError) as caught:
+        surgery.prune(tmp_path, tmp_path / "out", keep=[1])
+    assert caught.value.code == "is_a_run"
+
+
+def test_the_shards_that_transformers_reads_last_win(copied):
+    """What growth in place relies on: of two shards with one tensor, the later name's is loaded."""
+    source = copied("olmoe", "per-expert", 3)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.0.mlp.gate.weight"
+    value = torch.full_like(load_file(source / index["weight_map"][name])[name], 0.25)
+    save_file({name: value}, source / "model.z-moses-00001.safetensors", {"format": "pt"})
+    index["weight_map"][name] = "model.z-moses-00001.safetensors"
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(load(source).state_dict()[name], value)
+    (source / "model.z-moses-00001.safetensors").rename(source / "a.safetensors")
+    index["weight_map"][name] = "a.safetensors"
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError) as caught:
+        surgery.open_checkpoint(source)
+    assert caught.value.code == "tensor_unlisted"
+    # and rightly so
+    assert not torch.equal(load(source).state_dict()[name], value)
+
+
+def test_verify_finds_what_changed_since_it_was_hashed(checkpoints, tmp_path, capsys):
+    source = checkpoints("mixtral", "fused", 2)
+    done = surgery.prune(source, tmp_path / "out", keep=[2, 1], writing=Writing(hash=True))
+    assert main(["verify", str(done.path)]) == 0
+    assert main(["verify", str(done.path), "--against", str(source)]) == 0
+    assert "experts and 4 gate rows are bit-identical" in capsys.readouterr().out
+    shard = sorted(done.path.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    assert main(["verify", str(done.path)]) == 1
+    assert "not those that were recorded" in capsys.readouterr().out
+    assert main(["verify", str(done.path), "--against", str(source)]) == 1
+    assert main(["verify", str(source), "--against", str(done.path)]) == 2
+    assert "give the plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hashes_are_of_every_tensor_that_was_kept(in_place, copied, tmp_path):
+    source = copied("olmoe", "per-expert", 5)
+    writing = Writing(hash=True, in_place=in_place, link=not in_place)
+    done = surgery.grow(source, None if in_place else tmp_path / "out", add=1, writing=writing)
+    assert done.description["unchanged_shards"] >= 1
+    hashes = json.loads((done.path / "moses_surgery.json").read_text())["blake3"]
+    made = {n for n in names_of(done.path) if ".experts.4." in n or ".mlp.gate." in n}
+    assert set(hashes) == names_of(done.path) - made
+    assert main(["verify", str(done.path)]) == 0

@@ -63,8 +63,21 @@ pub fn build(sources: &[&Checkpoint], request: &Request, options: &Options) -> R
             )?);
         }
     }
-    let num_touched = touched.iter().filter(|touched| **touched).count() as u64;
-    for (tensor, touched) in main.tensors.iter().zip(&touched) {
+    carry(main, &touched, &mut tensors)?;
+    let dense = requests.iter().any(|wanted| wanted.dense);
+    let counts = counts(main, &touched, &tensors);
+    let drawn = Drawn { tensors, shards: Vec::new() };
+    let drawn = if options.in_place { in_place::draw(main, drawn)? } else { draw(sources, drawn) };
+    let notes = notes(sources, main, request, &requests, &drawn);
+    let config = if dense { dense_config(main, kind, &drawn.tensors)? } else { config(main, kind, request, &requests) };
+    let config = config.to_text().into_bytes();
+    let record = record(sources, request, options, kind, &requests);
+    Ok(Job { in_place: options.in_place, notes, ..job(sources, main, drawn, config, counts, record)? })
+}
+
+/// All tensors that no layer's surgery touches stay as they are.
+pub(super) fn carry(main: &Checkpoint, touched: &[bool], tensors: &mut Vec<OutTensor>) -> Result<()> {
+    for (tensor, touched) in main.tensors.iter().zip(touched) {
         if !touched {
             tensors.push(OutTensor {
                 name: tensor.name.to_string(),
@@ -75,15 +88,26 @@ pub fn build(sources: &[&Checkpoint], request: &Request, options: &Options) -> R
             });
         }
     }
-    check_names(main, &tensors)?;
-    let dense = requests.iter().any(|wanted| wanted.dense);
-    let mut counts = count(&tensors);
-    counts.insert("dropped", dropped(main, num_touched, &touched, &tensors));
-    let drawn = Drawn { tensors, shards: Vec::new() };
-    let drawn = if options.in_place { in_place::draw(main, drawn)? } else { draw(sources, drawn) };
-    let notes = notes(sources, main, request, &requests, &drawn);
-    let config = if dense { dense_config(main, kind, &drawn.tensors)? } else { config(main, kind, request, &requests) };
-    let mut files = vec![OutFile::Bytes(CONFIG.to_owned(), config.to_text().into_bytes())];
+    check_names(main, tensors)
+}
+
+pub(super) fn counts(main: &Checkpoint, touched: &[bool], tensors: &[OutTensor]) -> BTreeMap<&'static str, u64> {
+    let num_touched = touched.iter().filter(|touched| **touched).count() as u64;
+    let mut counts = count(tensors);
+    counts.insert("dropped", dropped(main, num_touched, touched, tensors));
+    counts
+}
+
+/// The job of shards that were drawn, with config, index and the files beside.
+pub(super) fn job(
+    sources: &[&Checkpoint],
+    main: &Checkpoint,
+    drawn: Drawn,
+    config: Vec<u8>,
+    counts: BTreeMap<&'static str, u64>,
+    record: Value,
+) -> Result<Job> {
+    let mut files = vec![OutFile::Bytes(CONFIG.to_owned(), config)];
     if drawn.shards.iter().all(|shard| shard.name != SINGLE) {
         files.push(OutFile::Bytes(INDEX.to_owned(), index(main, &drawn)?));
     }
@@ -91,12 +115,12 @@ pub fn build(sources: &[&Checkpoint], request: &Request, options: &Options) -> R
     Ok(Job {
         source_paths: sources.iter().map(|source| source.path.clone()).collect(),
         sources: sources.iter().flat_map(|source| source.shards.iter().map(|shard| shard.file.clone())).collect(),
-        record: record(sources, request, options, kind, &requests),
+        record,
         shards: drawn.shards,
         files,
         counts,
-        in_place: options.in_place,
-        notes,
+        in_place: false,
+        notes: Vec::new(),
     })
 }
 
@@ -291,7 +315,7 @@ fn dropped(main: &Checkpoint, num_touched: u64, touched: &[bool], tensors: &[Out
 }
 
 /// A shard of the output for each shard of the sources, in order; those without a tensor are left out.
-fn draw(sources: &[&Checkpoint], drawn: Drawn) -> Drawn {
+pub(super) fn draw(sources: &[&Checkpoint], drawn: Drawn) -> Drawn {
     let mut homes: BTreeMap<u32, Vec<OutTensor>> = BTreeMap::new();
     for tensor in drawn.tensors {
         let (shard, _) = tensor.home();

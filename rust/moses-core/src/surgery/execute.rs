@@ -1,6 +1,6 @@
 //! Doing the moves: into a folder beside the output's place, synced, and then put there by one rename.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -60,6 +60,8 @@ struct Work<'a> {
     done: AtomicU64,
     stop: AtomicBool,
     hashes: Mutex<BTreeMap<String, String>>,
+    /// Names of the tensors that are written; the same ones in a shard that stays are stale.
+    written: BTreeSet<&'a str>,
 }
 
 /// The sources' files, opened when they are needed and not more at a time than shards are worked on.
@@ -95,6 +97,7 @@ pub fn execute(disk: &dyn Disk, job: &Job, target: &Target, progress: &dyn Fn(u6
         done: AtomicU64::new(0),
         stop: AtomicBool::new(false),
         hashes: Mutex::new(BTreeMap::new()),
+        written: job.shards.iter().flat_map(OutShard::tensors).map(|tensor| tensor.name.as_str()).collect(),
     };
     let written = work.write(&temporary, total, progress).and_then(|()| {
         disk.sync_folder(&temporary).map_err(at(&temporary, "syncing"))?;
@@ -258,6 +261,9 @@ impl Work<'_> {
 
     fn whole(&self, source: &SourceFile, path: &Path) -> Result<()> {
         let at = |doing| Error::io(path.display().to_string(), doing);
+        if self.target.hash {
+            self.hash_whole(source)?;
+        }
         if self.job.in_place {
             return self.same(source, path);
         }
@@ -273,6 +279,32 @@ impl Work<'_> {
         let to = self.disk.create_file(path).map_err(at("creating"))?;
         self.copy(&from, 0, &to, 0, source.bytes, path)?;
         self.disk.sync(&to).map_err(at("syncing"))
+    }
+
+    /// The hashes of a shard that stays as it is, but for tensors that another shard hides.
+    fn hash_whole(&self, source: &SourceFile) -> Result<()> {
+        let shown = source.path.display().to_string();
+        let file = source.open()?;
+        let (header, data) = crate::shard::read_header_of(&file, &shown)?;
+        let mut bytes = Vec::new();
+        for (name, place) in header.tensors {
+            if self.written.contains(name.as_str()) {
+                continue;
+            }
+            let mut hasher = blake3::Hasher::new();
+            let (mut at, mut left) = (place.begin.saturating_add(data), place.end.saturating_sub(place.begin));
+            while left > 0 {
+                bytes.resize(usize::try_from(left).unwrap_or(MOVE_BYTES).min(MOVE_BYTES), 0);
+                file.read_exact_at(&mut bytes, at).map_err(Error::io(&*shown, "reading"))?;
+                hasher.update(&bytes);
+                at = at.saturating_add(bytes.len() as u64);
+                left = left.saturating_sub(bytes.len() as u64);
+            }
+            if let Ok(mut hashes) = self.hashes.lock() {
+                hashes.insert(name, hasher.finalize().to_hex().to_string());
+            }
+        }
+        Ok(())
     }
 
     /// The same file under a new name: a hard link, or the same symbolic link.

@@ -99,6 +99,17 @@ pub struct OutShard {
     pub content: ShardContent,
 }
 
+impl OutShard {
+    /// The tensors that are written into it; none where it is a source's.
+    #[must_use]
+    pub fn tensors(&self) -> &[OutTensor] {
+        match &self.content {
+            ShardContent::Tensors(_, tensors) => tensors,
+            ShardContent::Whole(_) => &[],
+        }
+    }
+}
+
 /// What a shard has.
 #[derive(Debug)]
 pub enum ShardContent {

@@ -12,6 +12,11 @@ use crate::checkpoint::Region;
 /// Values that one piece has: a piece of float64 and one of bytes stay far below the cap of a worker.
 const PIECE: u64 = 1 << 16;
 
+/// Gives an open shard by its number.
+pub(super) type Open<'a> = dyn Fn(u32) -> io::Result<std::sync::Arc<File>> + 'a;
+/// Takes the number of the first value and the values of a piece, which it may change.
+type Values<'a, E> = dyn FnMut(u64, &mut [f64]) -> Result<(), E> + 'a;
+
 /// `constant + sum of weight * source + (noise * deviation + normal) * n`, n being normal, value by value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Made {
@@ -46,11 +51,7 @@ pub(crate) fn value_bytes(dtype: &str) -> Option<u64> {
 ///
 /// # Errors
 /// Of the operating system.
-pub(super) fn sum_of_squares(
-    region: Region,
-    dtype: &'static str,
-    file: &dyn Fn(u32) -> io::Result<std::sync::Arc<File>>,
-) -> io::Result<Option<f64>> {
+pub(super) fn sum_of_squares(region: Region, dtype: &'static str, file: &Open<'_>) -> io::Result<Option<f64>> {
     let Some(width) = value_bytes(dtype) else { return Ok(None) };
     let num_values = region.len.checked_div(width).unwrap_or(0);
     let sources = vec![(region, 1.0)];
@@ -89,9 +90,9 @@ impl Made {
     ///
     /// # Errors
     /// Of the operating system, and of `each`.
-    pub fn write<E: From<io::Error>>(
+    pub(super) fn write<E: From<io::Error>>(
         &self,
-        file: &dyn Fn(u32) -> io::Result<std::sync::Arc<File>>,
+        file: &Open<'_>,
         each: &mut dyn FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let deviation = if self.noise == 0.0 { 0.0 } else { self.deviation(file)? };
@@ -109,7 +110,7 @@ impl Made {
         })
     }
 
-    fn deviation(&self, file: &dyn Fn(u32) -> io::Result<std::sync::Arc<File>>) -> io::Result<f64> {
+    fn deviation(&self, file: &Open<'_>) -> io::Result<f64> {
         let (mut sum, mut squares, mut count) = (0.0, 0.0, 0.0);
         self.pieces(file, &mut |_, values| {
             for &value in values.iter() {
@@ -123,11 +124,7 @@ impl Made {
         Ok(f64::max(squares / f64::max(count, 1.0) - mean * mean, 0.0).sqrt())
     }
 
-    fn pieces<E: From<io::Error>>(
-        &self,
-        file: &dyn Fn(u32) -> io::Result<std::sync::Arc<File>>,
-        each: &mut dyn FnMut(u64, &mut [f64]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    fn pieces<E: From<io::Error>>(&self, file: &Open<'_>, each: &mut Values<'_, E>) -> Result<(), E> {
         let width = value_bytes(self.dtype).unwrap_or(1);
         let mut values = Vec::new();
         let mut bytes = Vec::new();

@@ -14,6 +14,7 @@ mod norms;
 mod request;
 #[cfg(test)]
 mod tests;
+mod upcycle;
 mod verify;
 
 pub use build::build;
@@ -23,4 +24,5 @@ pub use job::{Job, OutFile, OutShard, OutTensor, Piece, ShardContent};
 pub use made::Made;
 pub use norms::norms;
 pub use request::{LayerRequest, NewRows, Options, Request, SlotRequest};
+pub use upcycle::{Upcycle, upcycle};
 pub use verify::{Comparison, compare};

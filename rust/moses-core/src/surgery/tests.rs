@@ -83,11 +83,16 @@ fn write(folder: &Path, layout: Layout) -> PathBuf {
     folder.to_owned()
 }
 
-/// The same slots in every layer.
+/// The same slots in every layer, of as many experts as are written.
 fn request(slots: &[SlotRequest]) -> Request {
+    request_of(EXPERTS, slots)
+}
+
+/// The same slots in every layer, of `before` experts.
+fn request_of(before: usize, slots: &[SlotRequest]) -> Request {
     let layer = |number: usize| {
         serde_json::json!({
-            "layer": format!("model.layers.{number}"), "before": EXPERTS, "dense": false,
+            "layer": format!("model.layers.{number}"), "before": before, "dense": false,
             "slots": slots.iter().map(|slot| serde_json::json!({
                 "sources": slot.sources, "weights": slot.weights, "new": slot.new, "noise": slot.noise,
             })).collect::<Vec<_>>(),
@@ -324,8 +329,7 @@ fn growth_in_place_leaves_untouched_shards_as_they_are() {
     // Growing again supersedes again, in a shard that sorts later.
     let slots = [keep(&[0, 1, 2, 3, 4]), vec![SlotRequest { new: true, ..SlotRequest::keep(0) }]].concat();
     let opened = Checkpoint::open(&source).unwrap();
-    let mut again = request(&slots);
-    again.layers.iter_mut().for_each(|layer| layer.before = 5);
+    let again = request_of(5, &slots);
     let options = Options { in_place: true, ..Options::default() };
     let job = build(&[&opened], &again, &options).unwrap();
     execute(&RealDisk::default(), &job, &target(source.clone()), &|_, _| true).unwrap();

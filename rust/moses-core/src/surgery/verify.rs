@@ -6,8 +6,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
 use super::request::{LayerRequest, Request, SlotRequest};
+use super::upcycle::ffn;
 use crate::checkpoint::{Checkpoint, MoeLayer, Region};
-use crate::layout::Dense;
+use crate::layout::{Dense, Layout};
 use crate::limits::MOVE_BYTES;
 use crate::{Error, Result};
 
@@ -36,11 +37,19 @@ const MAX_PROBLEMS: usize = 100;
 pub fn compare(out: &Checkpoint, sources: &[&Checkpoint], request: &Request) -> Result<Comparison> {
     let none = || Error::PlanMisfit { what: "the plan".to_owned(), problem: "it has no checkpoint".to_owned() };
     let main = *sources.first().ok_or_else(none)?;
-    let mut comparing = Comparing { out, sources, files: Files::default(), found: Comparison::default() };
+    let mut layers: Vec<Vec<MoeLayer>> = sources.iter().map(|source| source.layers.clone()).collect();
+    // Of a dense source each FFN is the one expert that the others are copies of.
+    let upcycled = sources.len() == 1 && main.kind.is_none();
+    if upcycled {
+        let names = out.kind.and_then(|kind| kind.names(Layout::PerExpert)).ok_or_else(none)?;
+        let ffns = request.layers.iter().map(|wanted| ffn(main, &wanted.layer, names));
+        layers = vec![ffns.collect::<Result<_>>()?];
+    }
+    let mut comparing = Comparing { out, sources, layers, files: Files::default(), found: Comparison::default() };
     let mut theirs: BTreeSet<u32> = BTreeSet::new();
     let mut ours: BTreeSet<u32> = BTreeSet::new();
     let dense = main.kind.and_then(|kind| kind.dense.as_ref());
-    for layer in &main.layers {
+    for layer in &comparing.layers.first().cloned().unwrap_or_default() {
         theirs.extend(layer.tensors());
         let wanted = request.layers.iter().find(|wanted| wanted.layer == layer.block);
         let same: LayerRequest;
@@ -82,6 +91,10 @@ pub fn compare(out: &Checkpoint, sources: &[&Checkpoint], request: &Request) -> 
         }
     }
     for (place, tensor) in (0_u32..).zip(&out.tensors) {
+        let of_class = |wanted: &LayerRequest| tensor.name.starts_with(&format!("{}.mlp.", wanted.layer));
+        if upcycled && request.layers.iter().any(of_class) {
+            continue;
+        }
         if !ours.contains(&place) && main.tensor(&tensor.name).is_none() {
             comparing.problem(&tensor.name, "it is in no source");
         }
@@ -92,6 +105,8 @@ pub fn compare(out: &Checkpoint, sources: &[&Checkpoint], request: &Request) -> 
 struct Comparing<'a> {
     out: &'a Checkpoint,
     sources: &'a [&'a Checkpoint],
+    /// The layers with experts of each source.
+    layers: Vec<Vec<MoeLayer>>,
     files: Files,
     found: Comparison,
 }
@@ -120,7 +135,7 @@ impl Files {
 /// The output's number among the owners of files.
 const OUT: usize = usize::MAX;
 
-impl<'a> Comparing<'a> {
+impl Comparing<'_> {
     fn problem(&mut self, what: &str, problem: &str) {
         if self.found.problems.len() < MAX_PROBLEMS {
             self.found.problems.push((what.to_owned(), problem.to_owned()));
@@ -154,12 +169,12 @@ impl<'a> Comparing<'a> {
     }
 
     /// Which source an expert is of, and its number there.
-    fn origin(&self, block: &str, expert: u64) -> Option<(usize, &'a MoeLayer, usize)> {
+    fn origin(&self, block: &str, expert: u64) -> Option<(usize, MoeLayer, usize)> {
         let mut left = expert;
-        for (owner, &source) in self.sources.iter().enumerate() {
-            let layer = source.layers.iter().find(|layer| layer.block == block)?;
+        for (owner, layers) in self.layers.iter().enumerate() {
+            let layer = layers.iter().find(|layer| layer.block == block)?;
             if left < layer.num_experts() {
-                return Some((owner, layer, usize::try_from(left).ok()?));
+                return Some((owner, layer.clone(), usize::try_from(left).ok()?));
             }
             left = left.saturating_sub(layer.num_experts());
         }
