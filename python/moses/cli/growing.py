@@ -83,13 +83,16 @@ def upcycle(
         )
     if out is None and not dry_run:
         raise typer.BadParameter("give --out, or --dry-run")
-    if on_disk or (not in_memory and (Path(model) / "config.json").is_file()):
+    from moses.models import ALIASES
+
+    folder = ALIASES[model]() if model in ALIASES else Path(model)
+    if on_disk or (not in_memory and (folder / "config.json").is_file()):
         from moses import surgery
 
         try:
             carry_out(
                 lambda writing: surgery.upcycle(
-                    model,
+                    folder,
                     out,
                     num_experts=experts,
                     every=every,
@@ -99,7 +102,7 @@ def upcycle(
                     seed=seed,
                     writing=writing,
                 ),
-                Path(model),
+                folder,
                 out,
                 {"link": link, "hash": hash_kept, "dry_run": dry_run},
                 as_json,

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 
 import moses
+import moses.models
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # the shared expert of width 0
@@ -96,3 +97,11 @@ def test_models_that_cannot_be_upcycled_write_nothing(cli, tiny_folder, tiny_mod
     code, _, errors = cli("upcycle", bert, "--out", tmp_path / "d")
     assert code == 2 and "has no FFN that is a module" in errors.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"moe", "mixture", "bert"}
+
+
+def test_a_name_that_moses_knows_is_a_folder_on_disk(cli, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(moses.models.ALIASES, "tiny", lambda: tiny_folder)
+    monkeypatch.setattr("moses.growth.convert.upcycle_to_folder", None)  # nothing is loaded
+    code, said, errors = cli("upcycle", "tiny", "--experts", 3, "--every", 1, "--out", tmp_path / "moe")
+    assert (code, errors) == (0, "") and "mixtral" in said
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["num_local_experts"] == 3
