@@ -1,6 +1,6 @@
 """Load balance on real text: tokens per expert, and the perplexity of head and tail domains, under each rule.
 
-    python benches/load.py [--seeds 0] [--steps 300] [--only RULE,RULE] [--table]
+    python benches/load.py [--seeds 0] [--steps 200] [--only "RULE;RULE"] [--table]
 
 A small decoder (2 blocks of attention, width 128, and a mixture of 8 experts in each) is trained from random weights on a mix of five domains of the
 built-in stream `domains`, drawn by Zipf's law: english 1, code 1/2, german 1/3, russian 1/4, japanese 1/5. Experts are equal (width 128 each) or
@@ -228,7 +228,7 @@ def draw(shown: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()

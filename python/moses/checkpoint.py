@@ -6,7 +6,6 @@ The base model's weights are not in the run; its fingerprint is, and a model of 
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .growth.folder import is_model_folder, load_folder
 from .methods import Method, method_class
 from .models import fingerprint, fingerprint_of, kind_of, load_model
 from .run_config import ModelSource, RunConfig
-from .run_files import CONFIG, REGISTRY, adapter_file, identifier_file
+from .run_files import CONFIG, REGISTRY, adapter_file, identifier_file, is_run
 from .stream.identify import IdentifierConfig, TaskIdentifier
 from .targets import hidden_size
 
@@ -96,9 +95,18 @@ def forget_task(path: str | PathLike[str], name: str) -> dict[str, Any]:
 
     Returns:
         {"task", "bytes_freed"}: bytes of weights that are no longer in the run.
+
+    Raises:
+        RunError: the method has one set of weights for all tasks (`not_separable`).
     """
     with _core.Store.open(path, write=True) as store:
         config = read_config(store)
+        if not method_class(config.method).separable:
+            raise RunError(
+                f"{path}: method {config.method!r} has one set of weights for all tasks, and none can be taken out of it; "
+                "train again without the task",
+                code="not_separable",
+            )
         registry = _core.Registry.from_bytes(store.read(REGISTRY))
         task = registry.task(name)
         before = {info.id: read_tensors(store, adapter_file(info)) for info in registry.tasks()}
@@ -133,11 +141,6 @@ def forget_task(path: str | PathLike[str], name: str) -> dict[str, Any]:
         stale = [file for file in (adapter_file(task), identifier_file(task)) if file in store.files()]
         store.commit(put, stale)
         return {"task": name, "bytes_freed": freed, "method": config.method}
-
-
-def is_run(path: str | PathLike[str]) -> bool:
-    """Whether the folder holds a run's manifest."""
-    return (Path(path) / "manifest.json").is_file()
 
 
 def read_config(store: _core.Store) -> RunConfig:

@@ -19,6 +19,7 @@ from .methods import method_class
 from .metrics import transfer_metrics
 from .run_config import RunConfig
 from .run_files import PROGRESS
+from .stream.drift import DriftConfig
 from .stream.identify import IdentifierConfig
 from .stream.task import LOWER_IS_BETTER, Stream
 
@@ -116,14 +117,23 @@ def command(config: RunConfig) -> str:
     memory, are left open."""
     stream = config.stream
     words = ["moses", "train", "--model", config.model.source or "MODEL"]
+    online = config.online
     if stream is not None:
-        words += ["--stream", stream.source or "STREAM", "--tasks", ",".join(stream.tasks)]
+        visits = stream.tasks if online is None else online["visits"]
+        words += ["--stream", stream.source or "STREAM", "--tasks", ",".join(visits)]
     words += ["--method", config.method, "--out", "RUN"]
+    words += ["--boundaries", "none"] if online is not None else []
+    words += ["--budget", str(config.budget)] if config.budget is not None else []
     plain = {**to_json(method_class(config.method).config_class()), **to_json(TrainConfig())}
     chosen = {**config.method_config, **config.train_config}
     settings = {key: value for key, value in chosen.items() if key not in plain or plain[key] != value}
     seed = settings.pop("seed", 0)
     words += ["--seed", str(seed)] if seed else []
+    if online is not None:
+        usual = to_json(DriftConfig())
+        settings |= {f"drift.{key}": value for key, value in online["drift"].items() if usual.get(key) != value}
+        settings["horizon"] = online["horizon"]
+        settings.pop("epochs", None)  # it is one
     identifier = to_json(IdentifierConfig())
     settings |= {
         f"identifier.{key}": value for key, value in config.identifier_config.items() if identifier.get(key) != value

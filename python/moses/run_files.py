@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from os import PathLike
+from pathlib import Path
 from typing import Protocol
 
 CONFIG = "config.json"
@@ -19,6 +21,11 @@ class _Named(Protocol):
     def id(self) -> int: ...
     @property
     def name(self) -> str: ...
+
+
+def is_run(path: str | PathLike[str]) -> bool:
+    """Whether the folder holds a run's manifest."""
+    return (Path(path) / "manifest.json").is_file()
 
 
 def task_folder(task: _Named) -> str:

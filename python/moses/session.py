@@ -21,7 +21,7 @@ from . import _core, ranks
 from .answers import Answerer, TaskFormat, autocast
 from .attached import MosesModel
 from .budget import Budget, store_sizes, used_bytes
-from .checkpoint import is_run, load_base, load_method, model_source, read_config, task_files
+from .checkpoint import load_base, load_method, model_source, read_config, task_files
 from .config import TrainConfig, from_settings, to_json
 from .donors import DonorProbe
 from .errors import ModelError, RunError, StreamError
@@ -31,7 +31,7 @@ from .models import kind_of, load_model
 from .progress import Progress
 from .results import RunProgress, results_document, task_bytes
 from .run_config import RunConfig, StreamSource
-from .run_files import CONFIG, LOG, PROGRESS, REGISTRY, RESULTS
+from .run_files import CONFIG, LOG, PROGRESS, REGISTRY, RESULTS, is_run
 from .segments import SegmentMethod, check_online, segment_formats
 from .stream import Stream, load_stream
 from .stream.identify import IdentifierConfig, TaskIdentifier, prompt_features, prompt_views

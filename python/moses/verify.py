@@ -159,6 +159,15 @@ def _check_index(verdict: Verdict, index: Path, weight_map: object, headers: Map
         if shard not in unread:
             what = f"it names the tensor {name!r} in {shard!r}, which is not there"
             verdict.add(index, "tensor_missing", what, "download the shard again")
+    homes = {name: str(shard) for name, shard in weight_map.items()}
+    hidden = 0
     for name, shard in sorted(there - listed):
+        if homes.get(name, "") > shard:  # shards are read in the order of their names
+            hidden += 1
+            continue
         what = f"the index does not name its tensor {name!r}"
         verdict.add(index.parent / shard, "tensor_unlisted", what, "download the index again")
+    if hidden:
+        verdict.notes.append(
+            f"{hidden} stale tensors are hidden by a later shard: surgery into another folder drops them"
+        )

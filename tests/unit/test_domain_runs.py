@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moses
+from moses.checkpoint import forget_task
 from moses.cli import main
 from moses.config import TrainConfig
 from moses.errors import ModelError, RunError, StreamError
@@ -153,6 +154,9 @@ def test_finetuning_loads_and_resumes_to_the_same_bits(tiny_folder, tmp_path, st
     loaded = moses.load(tmp_path / "cut")
     for (name, left), right in zip(loaded.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(left, right), name
+    with pytest.raises(RunError, match="one set of weights") as error:
+        forget_task(tmp_path / "cut", "place")
+    assert error.value.code == "not_separable"
     files = sorted(path.stat().st_size for path in (tmp_path / "cut" / "tasks").rglob("*.safetensors"))
     model = sum(tensor.numel() * tensor.element_size() for tensor in loaded.parameters())
     assert files[-1] >= model and sum(files[:-1]) < 1000  # superseded versions are gone

@@ -66,7 +66,7 @@ def test_a_loss_that_falls_while_it_is_learned_is_no_change():
 
 def test_adwin_finds_a_change_too():
     x = np.concatenate([domain(0, 70), domain(50, 60)])
-    found, _ = read(x, test="adwin", significance=0.05)
+    found, _ = read(x, test="adwin")
     assert 70 < found <= 130
 
 

@@ -34,12 +34,18 @@ WIDE = {
 }
 SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 IDS = torch.arange(3, 19)[None]
 
 # name: config, settings of upcycle, the class that holds it ("" for moses's layer)
 CASES = {
     "llama-all": (lambda: hf.LlamaConfig(**WIDE, tie_word_embeddings=True), {"every": 1}, "mixtral"),
     "llama-wide-heads": (lambda: hf.LlamaConfig(**{**WIDE, **SCALED}, head_dim=16), {"every": 1}, "mixtral"),
+    "llama-3": (
+        lambda: hf.LlamaConfig(**{**WIDE, "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}}),
+        {"every": 1},
+        "mixtral",
+    ),
     "llama-every-other": (lambda: hf.LlamaConfig(**WIDE, head_dim=16), {}, "qwen2_moe"),
     "llama-top": (lambda: hf.LlamaConfig(**WIDE, tie_word_embeddings=True), {"layers": [1, 2]}, "qwen2_moe"),
     "llama-biased": (lambda: hf.LlamaConfig(**WIDE, attention_bias=True), {"every": 1}, ""),

@@ -119,7 +119,7 @@ def test_an_interrupted_run_ends_in_the_same_results(finished, tiny_folder, stre
     run(tiny_folder, stream, out, resume=True)  # finished: nothing to do
 
 
-@pytest.mark.parametrize("method", ["per-task", "lifelong-moe"])
+@pytest.mark.parametrize("method", ["per-task", "lifelong-moe", "pangu-sigma"])
 def test_other_methods_learn_it_too(tiny_folder, stream, tmp_path, method):
     results = run(tiny_folder, stream, tmp_path / "run", method).results
     assert [part["task"] for part in results["online"]["segments"]] == ["segment-1", "segment-2", "segment-1"]

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import typer
@@ -64,13 +65,18 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those of the process by default."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    command = typer.main.get_command(app)
     # the option may be what is wrong, so it is looked for before the line is understood
     debug = "--debug" in words or os.environ.get("MOSES_DEBUG", "").lower() in ("1", "true", "yes", "on")
     try:
-        # not command.main(): it answers Ctrl-C and errors in its own words
-        with command.make_context("moses", words) as context:
-            command.invoke(context)
+        if _is_plain_inspect(words):
+            # building every command and the schemas of their options takes longer than reading a checkpoint's headers
+            path = next(word for word in words[1:] if word != "--json")
+            reading.inspect(Path(path), as_json="--json" in words)
+        else:
+            command = typer.main.get_command(app)
+            # not command.main(): it answers Ctrl-C and errors in its own words
+            with command.make_context("moses", words) as context:
+                command.invoke(context)
         sys.stdout.flush()
     except Exit as ended:
         return ended.exit_code
@@ -93,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: this is a bug in moses: {one_line(f'{type(error).__name__}: {error}')}", file=sys.stderr)
         return BUG
     return 0
+
+
+def _is_plain_inspect(words: Sequence[str]) -> bool:
+    """Whether the line is `inspect PATH`, with or without `--json`."""
+    rest = [word for word in words[1:] if word != "--json"]
+    return words[0] == "inspect" and len(words) < 4 and len(rest) == 1 and not rest[0].startswith("-")
 
 
 def _failed(code: int, line: str, debug: bool) -> int:

@@ -72,16 +72,23 @@ def forget(run: Path, task: str) -> dict[str, Any]:
     return forget_task(run, task)
 
 
-def is_run(path: Path) -> bool:
-    """Whether a path is a run of moses rather than a checkpoint."""
-    return (path / "manifest.json").exists()
+def grow_run(run: Path, out: Path, **options: Any) -> Any:
+    """Add experts to a run: see `moses.run_surgery.grow_run`."""
+    from moses.run_surgery import grow_run as work
+
+    return work(run, out, **options)
 
 
-def surgery_of_run(operation: str, run: Path, out: Path | None) -> None:
-    """Prune, grow or extract a run of moses. Raises SurgeryError: a run is changed as a live model."""
-    from moses.errors import SurgeryError
+def prune_run(run: Path, out: Path | None, budget: str | None, **options: Any) -> Any:
+    """Take experts out of a run: see `moses.run_surgery.prune_run`."""
+    from moses.budget import parse_bytes
+    from moses.run_surgery import prune_run as work
 
-    raise SurgeryError(
-        f"{run}: {operation} works on checkpoints, and this is a run of moses; load it with moses.load and change the model",
-        code="is_a_run",
-    )
+    return work(run, out, budget=None if budget is None else parse_bytes(budget), **options)
+
+
+def extract_run(run: Path, domain: str, out: Path, merge_group: bool) -> dict[str, Any]:
+    """Write the model of one domain: see `moses.run_extract.extract_run`."""
+    from moses.run_extract import extract_run as work
+
+    return work(run, domain, out, merge_group=merge_group)

@@ -1,4 +1,4 @@
-"""Commands that grow a model: upcycle."""
+"""The command that makes a mixture of a dense model: upcycle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from moses.cli.output import print_fields, print_json
-from moses.errors import ConfigError
+from moses.cli.surgery import DryRun, Hash, Link, carry_out
+from moses.errors import ConfigError, SurgeryError
 
 
 class RouterName(StrEnum):
@@ -42,7 +43,7 @@ def upcycle(
     model: Annotated[
         str, typer.Argument(metavar="M", help="A dense model: a folder, a hub name, or a name that moses knows.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="MOE", help="The folder to write.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="MOE", help="The folder to write.")] = None,
     experts: Annotated[int, typer.Option("--experts", metavar="E", help="Experts a layer.")] = 8,
     every: Annotated[
         int | None, typer.Option("--every", metavar="N", help="Experts in every N-th block; 2 by default, 1 for all.")
@@ -63,12 +64,53 @@ def upcycle(
     ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of gates, noise and new neurons.")] = 0,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="In which the model is loaded and written.")] = Dtype.AUTO,
+    link: Link = False,
+    hash_kept: Hash = False,
+    dry_run: DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Make a mixture of experts of a dense model, which computes the same."""
+    """Make a mixture of experts of a dense model, which computes the same.
+
+    A folder that a class of transformers can hold as a mixture is done on disk, without loading it; every other model, and --router,
+    --reinit, --keep-dense and --dtype, in memory.
+    """
     numbers = None if layers is None else parse_layers(layers)
+    in_memory = router is not RouterName.TOPK or reinit != 0 or keep_dense or dtype is not Dtype.AUTO
+    on_disk = link or hash_kept or dry_run
+    if in_memory and on_disk:
+        raise typer.BadParameter(
+            "--link, --hash and --dry-run are of surgery on disk, which knows topk gates and copies"
+        )
+    if out is None and not dry_run:
+        raise typer.BadParameter("give --out, or --dry-run")
+    if on_disk or (not in_memory and (Path(model) / "config.json").is_file()):
+        from moses import surgery
+
+        try:
+            carry_out(
+                lambda writing: surgery.upcycle(
+                    model,
+                    out,
+                    num_experts=experts,
+                    every=every,
+                    layers=numbers,
+                    top_k=top_k,
+                    noise=noise,
+                    seed=seed,
+                    writing=writing,
+                ),
+                Path(model),
+                out,
+                {"link": link, "hash": hash_kept, "dry_run": dry_run},
+                as_json,
+            )
+            return
+        except SurgeryError as error:
+            if on_disk or error.code != "not_upcyclable":
+                raise
     from moses.growth.convert import upcycle_to_folder
 
+    assert out is not None
     made = upcycle_to_folder(
         model,
         out,

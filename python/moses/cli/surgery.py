@@ -1,4 +1,4 @@
-"""Commands that change checkpoints on disk: prune, grow, extract, merge, upcycle, convert. None of them imports torch."""
+"""Commands that change checkpoints on disk: prune, grow, extract, merge, convert. None of them imports torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moses.cli import calls
+from moses.cli import surgery_runs
 from moses.cli.running import AsJson
+from moses.run_files import is_run
 
 if TYPE_CHECKING:
     from moses.surgery import Surgery, Writing
 
-Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder.")]
+Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or a run of moses.")]
+Layers = Annotated[
+    str | None, typer.Option("--layers", metavar="all|0,2", help="Of a run: which layers, by block; all by default.")
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The folder to write; it must not be there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, from headers alone.")]
 Link = Annotated[bool, typer.Option("--link", help="Link shards that do not change instead of copying them.")]
@@ -37,6 +41,13 @@ class Rows(StrEnum):
     MASKED = "masked"
 
 
+class By(StrEnum):
+    """What says which experts of a run matter least."""
+
+    USE = "use"
+    NORM = "norm"
+
+
 class LayoutOption(StrEnum):
     """How experts lie in files."""
 
@@ -46,7 +57,7 @@ class LayoutOption(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (prune, grow, extract, merge, upcycle, convert):
+    for command in (prune, grow, extract, merge, convert):
         app.command()(command)
 
 
@@ -68,6 +79,20 @@ def prune(
     to: Annotated[
         int | None, typer.Option("--to", min=1, help="How many experts of each layer stay, by usage.")
     ] = None,
+    keep_usage: Annotated[
+        float | None, typer.Option("--keep-usage", help="Of a run: the share of each layer's tokens that stays served.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="2MB", help="Of a run: bytes that its experts may take.")
+    ] = None,
+    experts: Annotated[
+        str | None, typer.Option("--experts", metavar="2,5", help="Of a run: the experts of every layer that go.")
+    ] = None,
+    by: Annotated[By, typer.Option("--by", help="Of a run: go by use, or by router-weighted norm.")] = By.USE,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", metavar="STREAM", help="Of a run: where use is measured.")
+    ] = None,
+    layers: Layers = None,
     top_k: TopK = None,
     link: Link = False,
     hash_kept: Hash = False,
@@ -76,19 +101,32 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Leave fewer experts in a checkpoint, and their rows in the gates."""
+    from moses.surgery.selection import read_choice, read_usage
+
+    if is_run(checkpoint):
+        surgery_runs.refuse(
+            "a run",
+            {"--keep": keep, "--layer-experts": layer_experts, "--usage": usage, "--top-k": top_k, "--link": link}
+            | {"--hash": hash_kept, "--uneven": uneven},
+        )
+        chosen_gone = None if experts is None else [int(number) for number in read_choice(experts)]
+        options = {"keep_usage": keep_usage, "to": to, "budget": budget}
+        surgery_runs.prune(checkpoint, out, layers, options, chosen_gone, by.value, calibrate, dry_run, as_json)
+        return
+    surgery_runs.refuse(
+        "a checkpoint",
+        {"--keep-usage": keep_usage, "--budget": budget, "--experts": experts, "--calibrate": calibrate}
+        | {"--layers": layers, "--by": by is not By.USE},
+    )
     if sum(given is not None for given in (keep, layer_experts, usage)) != 1:
         raise typer.BadParameter("give one of --keep, --layer-experts, --usage")
     if (usage is None) != (to is None):
         raise typer.BadParameter("--usage and --to belong together")
-    if calls.is_run(checkpoint):
-        calls.surgery_of_run("prune", checkpoint, out)
-        return
     from moses import surgery
-    from moses.surgery.selection import read_choice, read_usage
 
     chosen = read_choice(keep or str(layer_experts)) if usage is None else None
     scores = None if usage is None else "magnitude" if usage == "magnitude" else read_usage(Path(usage))
-    _do(
+    carry_out(
         lambda writing: surgery.prune(
             checkpoint,
             out,
@@ -110,11 +148,20 @@ def grow(
     add: Annotated[int, typer.Option("--add", min=1, help="Experts to add to every layer.")],
     out: Out = None,
     sources: Annotated[
-        str | None, typer.Option("--from", metavar="0,1,2", help="The experts to copy, in turn; all by default.")
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="0,1,2",
+            help="The experts to copy, in turn; all by default. Of a run: most-used (the default), fresh, or a number.",
+        ),
     ] = None,
+    layers: Layers = None,
     noise: Annotated[
-        float, typer.Option("--noise", min=0.0, help="Of the copies: relative to the deviation of each matrix.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--noise", min=0.0, help="Of the copies: relative to the deviation of each matrix; 0, of a run 0.01."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
     rows: Annotated[
         Rows,
@@ -132,20 +179,26 @@ def grow(
     as_json: AsJson = False,
 ) -> None:
     """Add experts to every layer of a checkpoint, and their rows to the gates."""
-    if calls.is_run(checkpoint):
-        calls.surgery_of_run("grow", checkpoint, out)
+    if is_run(checkpoint):
+        surgery_runs.refuse(
+            "a run",
+            {"--rows": rows is not Rows.AUTO, "--top-k": top_k, "--in-place": in_place, "--link": link}
+            | {"--hash": hash_kept, "--dry-run": dry_run},
+        )
+        surgery_runs.grow(checkpoint, out, layers, add, sources, noise, seed, as_json)
         return
+    surgery_runs.refuse("a checkpoint", {"--layers": layers})
     from moses import surgery
     from moses.surgery.selection import read_choice
 
     chosen = None if sources is None else read_choice(sources)
-    _do(
+    carry_out(
         lambda writing: surgery.grow(
             checkpoint,
             out,
             add=add,
             sources=chosen,
-            noise=noise,
+            noise=noise or 0.0,
             seed=seed,
             new_rows=rows.value,
             top_k=top_k,
@@ -161,9 +214,15 @@ def grow(
 def extract(
     checkpoint: Source,
     experts: Annotated[
-        str,
+        str | None,
         typer.Option("--experts", metavar="JSON|0,3", help="The domain's experts: of every layer, or lists by layer."),
-    ],
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option("--domain", metavar="D", help="Of a run: the domain, or task, whose model it is.")
+    ] = None,
+    merge_group: Annotated[
+        bool, typer.Option("--merge-group", help="Of a run: average a group of experts to one FFN; says what it cost.")
+    ] = False,
     out: Out = None,
     mixture: Annotated[
         bool, typer.Option("--mixture", help="Stay a mixture, also where one expert is left of every layer.")
@@ -179,14 +238,22 @@ def extract(
 
     A smaller mixture, or a dense model when one expert is left of every layer and the type has a dense one.
     """
-    if calls.is_run(checkpoint):
-        calls.surgery_of_run("extract", checkpoint, out)
+    if is_run(checkpoint):
+        surgery_runs.refuse(
+            "a run",
+            {"--experts": experts, "--mixture": mixture, "--top-k": top_k, "--link": link, "--hash": hash_kept}
+            | {"--uneven": uneven, "--dry-run": dry_run},
+        )
+        surgery_runs.extract(checkpoint, domain, out, merge_group, as_json)
         return
+    surgery_runs.refuse("a checkpoint", {"--domain": domain, "--merge-group": merge_group})
+    if experts is None:
+        raise typer.BadParameter("give --experts: what stays")
     from moses import surgery
     from moses.surgery.selection import read_choice
 
     chosen = read_choice(experts)
-    _do(
+    carry_out(
         lambda writing: surgery.extract(
             checkpoint, out, experts=chosen, dense=False if mixture else None, top_k=top_k, writing=writing
         ),
@@ -209,55 +276,9 @@ def merge(
     """Put the experts of later checkpoints beside the first's, and join the gates' rows."""
     from moses import surgery
 
-    _do(
+    carry_out(
         lambda writing: surgery.merge(checkpoints, out, top_k=top_k, writing=writing),
         checkpoints[0],
-        out,
-        {"link": link, "hash": hash_kept, "dry_run": dry_run},
-        as_json,
-    )
-
-
-def upcycle(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="DENSE", help="A dense checkpoint: llama, mistral, qwen2, qwen3, olmo2.")
-    ],
-    num_experts: Annotated[int, typer.Option("--experts", min=1, help="Experts of each mixture.")] = 8,
-    every: Annotated[
-        int | None, typer.Option("--every", min=1, help="Mixtures in every n-th block, the n-th first; 2 by default.")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option("--layers", metavar="1,3,5-7", help="The blocks that become mixtures, from 0.")
-    ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts that a token uses.")] = 2,
-    noise: Annotated[
-        float, typer.Option("--noise", min=0.0, help="Of the copies: relative to the deviation of each matrix.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise and the gates.")] = 0,
-    out: Out = None,
-    link: Link = False,
-    hash_kept: Hash = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a mixture of experts of a dense checkpoint."""
-    from moses import surgery
-    from moses.surgery.selection import read_choice
-
-    numbers = None if layers is None else list(read_choice(layers))
-    _do(
-        lambda writing: surgery.upcycle(
-            checkpoint,
-            out,
-            num_experts=num_experts,
-            every=every,
-            layers=numbers,  # type: ignore[arg-type]
-            top_k=top_k,
-            noise=noise,
-            seed=seed,
-            writing=writing,
-        ),
-        checkpoint,
         out,
         {"link": link, "hash": hash_kept, "dry_run": dry_run},
         as_json,
@@ -277,7 +298,7 @@ def convert(
     """Write the same model with its experts in another layout."""
     from moses import surgery
 
-    _do(
+    carry_out(
         lambda writing: surgery.convert(checkpoint, out, layout=layout.value, writing=writing),
         checkpoint,
         out,
@@ -286,9 +307,10 @@ def convert(
     )
 
 
-def _do(
+def carry_out(
     work: Callable[[Writing], Surgery], source: Path, out: Path | None, options: dict[str, Any], as_json: bool
 ) -> None:
+    """Do surgery that is written as `options` say, and show what was done."""
     from moses.surgery import Writing
 
     if out is None and not options.get("in_place") and not options["dry_run"]:

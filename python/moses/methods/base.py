@@ -27,6 +27,7 @@ class Method(ABC):
         config_class: frozen dataclass of its settings.
         config: its settings.
         one_by_one: whether tasks are learned one after the other; what later tasks do to earlier ones is measured only then.
+        separable: whether a task can be taken out and leave the others as they are.
         reads_similar: whether `begin_task` makes use of an earlier task that is named as the most similar.
         model: the model that is trained and answers.
         registry: the tasks so far; for `moses` also layers, experts and masks.
@@ -37,6 +38,7 @@ class Method(ABC):
 
     config: Any
     one_by_one: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
     reads_similar: bool = False
     model: nn.Module
     registry: _core.Registry

@@ -91,6 +91,8 @@ def _leave(routing: Routing, _module: nn.Module, _args: tuple[Any, ...], _output
 class WholeModelMethod(Method):
     """Trains every weight in place. The base model's weights are kept, on the CPU, since what infers tasks reads its features."""
 
+    separable = False
+
     def __init__(self, model: nn.Module, config: Any) -> None:
         self.model, self.config = model, config
         self.registry = _core.Registry()

@@ -190,11 +190,14 @@ def upcycle(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise SurgeryError(f"upcycle: {name} is {value!r}; it must be a number from {least}", code="bad_choice")
-    if not 0 <= noise < math.inf or top_k > num_experts or (every is not None and layers is not None):
+    if not 0 <= noise < math.inf:
+        raise SurgeryError(f"upcycle: noise is {noise!r}; it must be a number from 0", code="bad_choice")
+    if top_k > num_experts:
         raise SurgeryError(
-            "upcycle: noise is from 0, top_k at most num_experts, and every or layers is given, not both",
-            code="bad_choice",
+            f"upcycle: top_k is {top_k} and there are {num_experts} experts; use at most all", code="bad_choice"
         )
+    if every is not None and layers is not None:
+        raise SurgeryError("upcycle: give every or layers, not both", code="bad_choice")
     opened = open_checkpoint(checkpoint)
     config = read_json(Path(checkpoint) / CONFIG)
     assert isinstance(config, dict)  # the core read it as an object
@@ -234,9 +237,13 @@ def upcycled_config(
     step = 2 if every is None else every
     chosen = [n for n in range(count) if (n + 1) % step == 0] if layers is None else sorted(set(layers))
     wrong = [n for n in chosen if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < count]
-    if wrong or not chosen:
+    if wrong:
         raise SurgeryError(
-            f"{path}: has blocks 0 to {count - 1}, not {wrong[0] if wrong else 'none'}; name blocks that are there",
+            f"{path}: layers names block {wrong[0]!r}; it has blocks 0 to {count - 1}", code="unknown_layer"
+        )
+    if not chosen:
+        raise SurgeryError(
+            f"{path}: every={step} of {count} blocks: no block would be a mixture; give at most {count}",
             code="unknown_layer",
         )
     reasons = []

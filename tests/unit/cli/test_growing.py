@@ -12,14 +12,18 @@ import moses
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # the shared expert of width 0
-def test_a_class_of_transformers(cli, tiny_folder, tmp_path):
+@pytest.mark.parametrize("words", [[], ["--dtype", "float32"]])
+def test_a_class_of_transformers(cli, tiny_folder, tmp_path, words):
     out = tmp_path / "moe"
     code, said, progress = cli(
-        "upcycle", tiny_folder, "--experts", 4, "--every", 2, "--top-k", 2, "--router", "topk", "--out", out
+        "upcycle", tiny_folder, "--experts", 4, "--every", 2, "--top-k", 2, "--router", "topk", *words, "--out", out
     )
     assert code == 0, progress
-    assert "qwen2_moe, which transformers loads" in said and "blocks         1" in said
-    assert [line.split()[0] for line in progress.splitlines()] == ["loading", "making", "writing"]
+    if not words:  # on disk, from its bytes
+        assert "made" in said and progress == ""
+    else:
+        assert "qwen2_moe, which transformers loads" in said and "blocks         1" in said
+        assert [line.split()[0] for line in progress.splitlines()] == ["loading", "making", "writing"]
     moe, dense = (hf.AutoModelForCausalLM.from_pretrained(path) for path in (out, tiny_folder))
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -64,6 +68,7 @@ def test_moses_own_folder_as_json(cli, tiny_folder, tmp_path):
         (["--noise", "-1"], "noise is -1"),
         (["--reinit", "2"], "share from 0 to 1"),
         (["--router", "nonsense"], "--router"),
+        (["--keep-dense", "--dry-run"], "surgery on disk"),
     ],
 )
 def test_bad_settings_write_nothing(cli, tiny_folder, tmp_path, words, says):

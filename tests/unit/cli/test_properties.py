@@ -117,3 +117,20 @@ def test_a_run_says_the_command_that_makes_it_again(runs):
     assert words[words.index("--seed") + 1] == "3"
     given = {words[at + 1] for at, word in enumerate(words) if word == "--set"}
     assert given == {"rank=4", 'target_modules=["q_proj", "v_proj"]', "epochs=1", "dtype=float32"}
+
+
+def test_the_command_of_a_run_without_boundaries_and_with_a_budget(runs):
+    from moses.config import MosesConfig, TrainConfig, to_json
+    from moses.results import command
+    from moses.stream.drift import DriftConfig
+
+    config = runs.config(
+        method_config=to_json(MosesConfig()),
+        train_config=to_json(TrainConfig(epochs=1)),
+        online={"visits": [*runs.tasks, runs.tasks[0]], "horizon": 64, "drift": to_json(DriftConfig())},
+        budget=5_000,
+    )
+    words = shlex.split(command(config))
+    assert words[words.index("--tasks") + 1] == ",".join([*runs.tasks, runs.tasks[0]])
+    assert words[words.index("--boundaries") + 1] == "none" and words[words.index("--budget") + 1] == "5000"
+    assert {words[at + 1] for at, word in enumerate(words) if word == "--set"} == {"horizon=64", "dtype=float32"}
