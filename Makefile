@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.moses
 RUST_SOURCES := $(shell find rust cuda -name '*.rs' -o -name 'Cargo.toml' -o -name '*.cu' -o -name '*.cuh') Cargo.toml Cargo.lock
 OUT ?= build/demo
 
-.PHONY: help setup test test-rust test-python test-gpu prove bench bench-dispatch bench-stream8 bench-surgery bench-gpu lint fmt docs demo clean
+.PHONY: bench-domains help setup test test-rust test-python test-gpu prove bench bench-dispatch bench-stream8 bench-surgery bench-gpu lint fmt docs demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -50,6 +50,9 @@ bench-surgery: setup ## the measurements of surgery on checkpoints that it makes
 
 test-gpu: setup ## the tests of the CUDA kernels, on a machine with a CUDA device
 	$(BIN)/python -m pytest -q -rs tests/gpu tests/cuda
+
+bench-domains: setup ## perplexity of text domains, stage by stage, by method (hours)
+	$(BIN)/python benches/domains.py
 
 bench-gpu: setup ## the measurements of the CUDA kernels, on a machine with a CUDA device
 	$(BIN)/python benches/gpu.py

@@ -158,7 +158,10 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, An
         "lost_percent": lost,
         "worst_lost_percent": max(lost),
         "active_parameters": active,
-        "parameters_after": sum(parameter.numel() for parameter in run.model.parameters()),
+        # frozen experts are buffers
+        "parameters_after": sum(
+            tensor.numel() for tensor in (*run.model.parameters(), *run.model.buffers()) if tensor.is_floating_point()
+        ),
         "bytes": [sum(task["bytes"].values()) - task["bytes"]["identifier"] for task in results["capacity"]],
         "seconds": results["seconds"] | {"wall": time.monotonic() - started},
         "base_seconds": json.loads((folder / "seconds.json").read_text()),
@@ -193,7 +196,9 @@ def table() -> str:
     for method, rows in groups.items():
         cells = [f"{_mean([row['matrix'][-1][at] for row in rows]):.2f}" for at in range(len(DOMAINS))]
         mean, lost = _mean([row["mean"] for row in rows]), _mean([row["worst_lost_percent"] for row in rows])
-        lines.append(f"| {method} | {len(rows)} | {' | '.join(cells)} | {mean:.2f} | {lost:+.1f}% |")
+        lines.append(
+            f"| {method} | {len(rows)} | {' | '.join(cells)} | {mean:.2f} | {'-' if 'joint' in method else f'{lost:+.1f}%'} |"
+        )
     for method, rows in groups.items():
         lines += [
             "",
