@@ -104,7 +104,7 @@ def test_the_command_line_says_what_it_would_do_and_what_it_did(checkpoints, tmp
         ["grow", source, "--add", "1", "--in-place", "--out", "x"],
         ["merge", source, "--out", "x"],
         ["convert", source, "--layout", "other", "--out", "x"],
-        ["upcycle", source, "--out", "x"],
+        ["upcycle", source, "--link", "--out", "x"],
     ):
         assert main(wrong) == 2, wrong
         told = capsys.readouterr()
