@@ -3,12 +3,12 @@
     python benches/drift.py detect [--model smollm2-135m-instruct] [--seeds 200-209] [--test page-hinkley]
     python benches/drift.py learn  [--model smollm2-135m-instruct] [--method moses] [--seed 200]
 
-`detect` draws, for each seed, five of the six domains of the stream `domains`, their order, their passages and which of the first four returns,
-and runs the detector on the base model's features of the first 64 tokens of each passage (novelty alone: nothing is trained, so the loss
-stays out). Settings and rules were chosen on seeds 0 to 5 and 100 to 109; report others. `learn` trains one such stream twice, with its
-boundaries hidden and given, at one epoch, and scores every domain's test passages, with the domain given and inferred. `--model small` is a model that this script
-trains first (two cores need hours for SmolLM2). A row that is in
-benches/results/drift.json already is not measured again.
+`detect` draws, for each seed, five of the six domains of the stream `domains`, their order, their passages and which of the first four
+returns, and runs the detector on the base model's features of the first 64 tokens of each passage (novelty alone: nothing is trained, so
+the loss stays out). Settings and rules were chosen on seeds 0 to 5 and 100 to 109; report others. `learn` trains one such stream twice,
+with its boundaries hidden and given, at one epoch, and scores every domain's test passages, with the domain given and inferred. `--model
+small` is a model that this script trains first (two cores need hours for SmolLM2). A row that is in benches/results/drift.json already is
+not measured again.
 """
 
 from __future__ import annotations

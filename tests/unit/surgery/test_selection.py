@@ -111,4 +111,4 @@ def test_the_command_line_says_what_it_would_do_and_what_it_did(checkpoints, tmp
         assert told.out == "" and told.err.count("\n") == 1
     (tmp_path / "manifest.json").write_text("{}")
     assert main(["grow", str(tmp_path), "--add", "1", "--out", "x"]) == 2
-    assert "run of moses" in capsys.readouterr().err
+    assert "not a valid manifest" in capsys.readouterr().err
