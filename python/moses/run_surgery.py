@@ -17,17 +17,14 @@ from torch import Tensor, nn
 from . import _core
 from .checkpoint import load_base, load_method, read_config, task_files
 from .errors import SurgeryError
+from .growth.calibrate import calibration_batches
 from .growth.folder import require_free
 from .growth.usage import measure_use
 from .methods.growing import GrowingMethod
 from .run_files import REGISTRY, RESULTS, adapter_file
 from .session import Session, open_session
 from .stream import Stream, Task, load_stream
-from .stream.prompt import Collator, encode_train
-from .stream.text import packed
 from .surgery.plan import Slot
-
-SAMPLE = 256  # examples of a task for calibration
 
 
 @dataclass(frozen=True)
@@ -284,18 +281,17 @@ def _task_scores(session: Session) -> dict[str, float | None]:
 
 
 def batches_of(session: Session, task: Task, split: Literal["train", "test"]) -> list[dict[str, Tensor]]:
-    """A task's examples as a model is trained on them."""
+    """A task's examples as the run trains on them."""
     config = session.train_config
-    examples = getattr(task, split)[:SAMPLE]
-    if task.is_text:
-        rows = packed(session.tokenizer, [example.answer for example in examples], config.max_length)
-    else:
-        rows = [
-            encode_train(session.tokenizer, example, config.max_length, session.kind, template=config.template)
-            for example in examples
-        ]
-    collate, size = Collator(session.tokenizer), config.eval_batch_size
-    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return calibration_batches(
+        task,
+        split,
+        session.tokenizer,
+        session.kind,
+        max_length=config.max_length,
+        template=config.template,
+        batch_size=config.eval_batch_size,
+    )
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -87,6 +87,13 @@ def prune_run(run: Path, out: Path | None, budget: str | None, **options: Any) -
     return work(run, out, budget=None if budget is None else parse_bytes(budget), **options)
 
 
+def usage_of(checkpoint: Path, stream: str, by: str) -> dict[str, list[float]]:
+    """How much each expert of a checkpoint is used: see `moses.growth.calibrate.usage_of`."""
+    from moses.growth.calibrate import usage_of as work
+
+    return work(checkpoint, stream, "norm" if by == "norm" else "use")
+
+
 def extract_run(run: Path, domain: str, out: Path, merge_group: bool) -> dict[str, Any]:
     """Write the model of one domain: see `moses.run_extract.extract_run`."""
     from moses.run_extract import extract_run as work

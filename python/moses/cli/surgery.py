@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moses.cli import surgery_runs
+from moses.cli import calls, surgery_runs
 from moses.cli.running import AsJson
 from moses.run_files import is_run
 
@@ -88,9 +88,12 @@ def prune(
     experts: Annotated[
         str | None, typer.Option("--experts", metavar="2,5", help="Of a run: the experts of every layer that go.")
     ] = None,
-    by: Annotated[By, typer.Option("--by", help="Of a run: go by use, or by router-weighted norm.")] = By.USE,
+    by: Annotated[By, typer.Option("--by", help="What is measured: use, or router-weighted norm.")] = By.USE,
     calibrate: Annotated[
-        str | None, typer.Option("--calibrate", metavar="STREAM", help="Of a run: where use is measured.")
+        str | None,
+        typer.Option(
+            "--calibrate", metavar="STREAM", help="Where use is measured; a checkpoint is loaded and run for it."
+        ),
     ] = None,
     layers: Layers = None,
     top_k: TopK = None,
@@ -115,17 +118,22 @@ def prune(
         return
     surgery_runs.refuse(
         "a checkpoint",
-        {"--keep-usage": keep_usage, "--budget": budget, "--experts": experts, "--calibrate": calibrate}
-        | {"--layers": layers, "--by": by is not By.USE},
+        {"--keep-usage": keep_usage, "--budget": budget, "--experts": experts, "--layers": layers}
+        | {"--by": by is not By.USE and calibrate is None},
     )
-    if sum(given is not None for given in (keep, layer_experts, usage)) != 1:
-        raise typer.BadParameter("give one of --keep, --layer-experts, --usage")
-    if (usage is None) != (to is None):
-        raise typer.BadParameter("--usage and --to belong together")
+    if sum(given is not None for given in (keep, layer_experts, usage, calibrate)) != 1:
+        raise typer.BadParameter("give one of --keep, --layer-experts, --usage, --calibrate")
+    if (usage is None and calibrate is None) != (to is None):
+        raise typer.BadParameter("--to belongs to --usage and --calibrate, and they to it")
     from moses import surgery
 
-    chosen = read_choice(keep or str(layer_experts)) if usage is None else None
-    scores = None if usage is None else "magnitude" if usage == "magnitude" else read_usage(Path(usage))
+    chosen = None if to is not None else read_choice(keep or str(layer_experts))
+    scores: Any = None
+    if calibrate is not None:
+        surgery.open_checkpoint(checkpoint)  # what surgery would refuse is refused before an hour's forward passes
+        scores = calls.usage_of(checkpoint, calibrate, by.value)
+    elif usage is not None:
+        scores = "magnitude" if usage == "magnitude" else read_usage(Path(usage))
     carry_out(
         lambda writing: surgery.prune(
             checkpoint,

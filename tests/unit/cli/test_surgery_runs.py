@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import transformers as hf
 
 import moses
@@ -62,7 +63,9 @@ def test_a_domains_model_is_plain_transformers(cli, trained, tmp_path):
         (["extract", "RUN", "--domain", "nobody", "--out", "X"], "nobody"),
         (["extract", "RUN", "--experts", "0", "--out", "X"], "--experts is not for a run"),
         (["extract", "MODEL", "--domain", "de", "--out", "X"], "--domain is not for a checkpoint"),
-        (["prune", "MODEL", "--calibrate", "tiny", "--out", "X"], "--calibrate is not for a checkpoint"),
+        (["prune", "MODEL", "--calibrate", "tiny", "--out", "X"], "--to belongs to"),
+        (["prune", "MODEL", "--calibrate", "tiny", "--to", "1", "--out", "X"], "experts"),
+        (["prune", "MODEL", "--keep", "0", "--by", "norm", "--out", "X"], "--by is not for a checkpoint"),
         (["grow", "MODEL", "--add", "1", "--layers", "0", "--out", "X"], "--layers is not for a checkpoint"),
     ],
 )
@@ -71,3 +74,28 @@ def test_what_does_not_fit_writes_nothing(cli, trained, tiny_folder, tmp_path, w
     code, said, errors = cli(*[places.get(word, word) for word in words])
     assert (code, said) == (2, "") and says in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # the shared expert of width 0
+@pytest.mark.parametrize("by", ["use", "norm"])
+def test_a_checkpoint_is_pruned_by_its_use_on_a_stream(cli, tiny_folder, tmp_path, by):
+    """The gate of a mixture is moved so that expert 2 has every token: it is what stays."""
+    moe = tmp_path / "moe"
+    assert cli("upcycle", tiny_folder, "--experts", 4, "--every", 1, "--top-k", 1, "--out", moe)[0] == 0
+    model = hf.AutoModelForCausalLM.from_pretrained(moe)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+        layer.mlp.gate.weight.data[2] = 1.0
+        layer.post_attention_layernorm.weight.data.abs_()
+    with torch.no_grad():  # features of one sign, so that a row of ones wins
+        model.model.embed_tokens.weight.abs_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.experts.down_proj.zero_()
+            layer.mlp.experts.down_proj[:, 0] = 1e-3
+    model.save_pretrained(moe)
+    words = ["--calibrate", "tiny", "--to", 1, "--by", by, "--top-k", 1]
+    code, said, errors = cli("prune", moe, *words, "--out", tmp_path / "small", "--json")
+    assert code == 0, errors
+    plan = json.loads((tmp_path / "small" / "moses_surgery.json").read_text())["plan"]
+    assert [[slot["sources"] for slot in layer["slots"]] for layer in plan["layers"]] == [[[2]], [[2]]], said
