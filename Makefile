@@ -33,7 +33,7 @@ demo: setup $(STAMPS)/smollm2 ## teach a real language model five real tasks (wi
 	$(BIN)/moses verify $(OUT)
 	$(BIN)/moses report $(OUT)
 
-bench: bench-dispatch bench-stream8 bench-surgery ## the measurements of benches/RESULTS.md (hours)
+bench: bench-dispatch bench-stream8 bench-domains bench-surgery ## the measurements of benches/RESULTS.md (hours)
 
 bench-dispatch: setup ## the measurements of plan, gather, combine, experts and routers (half an hour)
 	$(BIN)/python benches/plan.py
