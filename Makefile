@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.moses
 RUST_SOURCES := $(shell find rust cuda -name '*.rs' -o -name 'Cargo.toml' -o -name '*.cu' -o -name '*.cuh') Cargo.toml Cargo.lock
 OUT ?= build/demo
 
-.PHONY: bench-domains help setup test test-rust test-python test-gpu prove bench bench-dispatch bench-stream8 bench-surgery bench-gpu lint fmt docs demo clean
+.PHONY: help setup test test-rust test-python test-gpu prove bench bench-dispatch bench-growth bench-domains bench-stream8 bench-surgery bench-gpu lint fmt docs demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -33,7 +33,7 @@ demo: setup $(STAMPS)/smollm2 ## teach a real language model five real tasks (wi
 	$(BIN)/moses verify $(OUT)
 	$(BIN)/moses report $(OUT)
 
-bench: bench-dispatch bench-stream8 bench-domains bench-surgery ## the measurements of benches/RESULTS.md (hours)
+bench: bench-dispatch bench-growth bench-surgery bench-domains bench-stream8 ## the measurements of benches/RESULTS.md (hours)
 
 bench-dispatch: setup ## the measurements of plan, gather, combine, experts and routers (half an hour)
 	$(BIN)/python benches/plan.py
@@ -44,6 +44,11 @@ bench-dispatch: setup ## the measurements of plan, gather, combine, experts and 
 
 bench-stream8: setup $(STAMPS)/minilm
 	$(BIN)/python benches/stream8.py
+
+bench-growth: setup ## the measurements of growth, drift and load on real text (hours)
+	$(BIN)/python benches/growth.py
+	$(BIN)/python benches/drift.py detect
+	$(BIN)/python benches/load.py
 
 bench-surgery: setup ## the measurements of surgery on checkpoints that it makes itself (20 GB of disk, ten minutes)
 	$(BIN)/python benches/surgery.py
