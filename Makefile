@@ -29,7 +29,7 @@ prove: setup $(STAMPS)/minilm $(STAMPS)/smollm2 ## the longer proofs: many more 
 demo: setup $(STAMPS)/smollm2 ## teach a real language model five real tasks (within ten minutes on two cores, set-up apart)
 	$(BIN)/moses train --model smollm2-135m-instruct --stream demo --method moses --out $(OUT) --resume \
 	  --set dtype=bfloat16 --set template=plain --set epochs=2 --set batch_size=8 --set learning_rate=0.003 \
-	  --set max_length=256 --set max_new_tokens=24 --set eval_limit=20
+	  --set max_length=256 --set max_new_tokens=24 --set eval_limit=12
 	$(BIN)/moses verify $(OUT)
 	$(BIN)/moses report $(OUT)
 
