@@ -1,6 +1,6 @@
 """Surgery on checkpoints against `cp` and the ways that people use today: the tables of RESULTS.md.
 
-    python benches/surgery.py [--folder /tmp/moses-bench] [--rounds 5] [--gigabytes 2] [--part prune|grow|sparse|start]
+    python benches/surgery.py [--folder build/surgery] [--rounds 5] [--gigabytes 2] [--part prune|grow|sparse|start]
 
 Checkpoints are made by writing random bf16 tensors under the names of the model types (no hub, no model in memory); every command
 is a process of its own, timed from start to end with a `sync` of what it wrote; `cp` of the same output, synced, is timed in turn.
@@ -312,7 +312,7 @@ def bench_start(folder: Path, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/moses-bench"))
+    parser.add_argument("--folder", type=Path, default=Path("build/surgery"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--part", choices=("start", "prune", "grow", "sparse"))

@@ -47,7 +47,7 @@ def upcycle_to_folder(
     from ..models import ALIASES, load_model
     from .ffns import dense_ffns
     from .layout import describe
-    from .upcycle import check_settings, choose, class_for, require_same, upcycle
+    from .upcycle import check_settings, choose, class_for, upcycle_plan, upcycled
 
     check_settings(num_experts, every, layers, top_k, router, noise, reinit, keep_dense, seed)
     folder = require_free(out)
@@ -61,22 +61,11 @@ def upcycle_to_folder(
     place = str(ALIASES[source]()) if source in ALIASES else source
     tokenizer = AutoTokenizer.from_pretrained(place)
     model.config.pad_token_id = AutoConfig.from_pretrained(place).pad_token_id
-    made = upcycle(
-        model,
-        num_experts,
-        every=every,
-        layers=layers,
-        top_k=top_k,
-        router=router,
-        noise=noise,
-        reinit=reinit,
-        keep_dense=keep_dense,
-        seed=seed,
-    )
+    plan = upcycle_plan(chosen, num_experts, top_k, noise, seed)
+    exact = keep_dense or not (noise or reinit)
+    made, difference = upcycled(model, ffns, chosen, plan, router, reinit, keep_dense, exact)
     why = class_for(model, ffns, chosen, num_experts, top_k)[1] or f"its router is {router}"
     own = bool(describe(made))
-    exact = keep_dense or not (noise or reinit)
-    difference = require_same(model, made) if exact else None
     say(f"writing {folder}")
     save_model(made, folder, tokenizer)
     return {

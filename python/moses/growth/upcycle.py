@@ -79,14 +79,27 @@ def upcycle(
     ffns = dense_ffns(model)
     chosen = choose(ffns, every, layers)
     plan = upcycle_plan(chosen, num_experts, top_k, noise, seed)
+    exact = keep_dense or not (noise or reinit)
+    return upcycled(model, ffns, chosen, plan, router, reinit, keep_dense, exact)[0]
+
+
+def upcycled(
+    model: Any,
+    ffns: Sequence[DenseFFN],
+    chosen: Sequence[DenseFFN],
+    plan: SurgeryPlan,
+    router: str,
+    reinit: float,
+    keep_dense: bool,
+    exact: bool,
+) -> tuple[Any, float | None]:
+    """The new model, and what `require_same` found where it is `exact`, else None. Settings as `upcycle` has checked them."""
     made = None
     if router == "topk" and not keep_dense:
         made = _as_class(model, ffns, chosen, plan, reinit)
     if made is None:
         made = _as_layers(model, chosen, plan, router, reinit, keep_dense)
-    if not (noise or reinit) or keep_dense:
-        require_same(model, made)
-    return made
+    return made, require_same(model, made) if exact else None
 
 
 def check_settings(

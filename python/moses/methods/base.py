@@ -99,7 +99,8 @@ class Method(ABC):
         """
         return None
 
-    # -- fixed capacity: bytes are those of a task's weights, routers and heads ---------------------------------------
+    # -- fixed capacity: bytes are those of a task's weights, routers and heads; a run with a budget asks for the smallest task first, so
+    # that a method without budgets is refused there and never reaches the three after it ------------------------------
 
     def smallest_task(self) -> int:
         """Bytes of the least that a task adds.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import SurgeryError
+from . import plan
 from .plan import LayerSurgery, NewRows, Slot, SurgeryPlan
 
 MAX_JSON_BYTES = 64 << 20
@@ -67,11 +68,7 @@ def by_layer(facts: Facts, choice: Choice, what: str) -> dict[str, list[int]]:
 
 def keep(facts: Facts, choice: Choice, top_k: int | None = None) -> SurgeryPlan:
     """The plan that keeps the chosen experts, in the order in which they are named."""
-    layers = (
-        LayerSurgery(layer, facts.num_experts[layer], tuple(Slot((expert,)) for expert in experts))
-        for layer, experts in by_layer(facts, choice, "keep").items()
-    )
-    return SurgeryPlan(tuple(layers), top_k)
+    return plan.keep(facts.num_experts, by_layer(facts, choice, "keep"), top_k)
 
 
 def most_used(facts: Facts, usage: Mapping[str, Sequence[float]], to: int) -> dict[str, list[int]]:
