@@ -72,16 +72,9 @@ def inspect(path: AnyPath, as_json: AsJson = False) -> None:
 
     Layers, experts, tasks, masks and bytes, from the registry and from headers.
     """
-    from moses.cli.output import print_json
-    from moses.inspect import inspect_path
+    from moses.cli import show
 
-    document = inspect_path(path)
-    if as_json:
-        print_json(document)
-    else:
-        from moses.cli.show import show_inspection
-
-        show_inspection(document)
+    show.inspect(path, as_json)
 
 
 def verify(

@@ -1,12 +1,13 @@
-"""Documents of inspect, verify and doctor as text for people."""
+"""Documents of inspect, verify and doctor as text for people; `inspect` whole, so that it needs no typer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from moses.cli.output import print_fields, print_table
+from moses.cli.output import print_fields, print_json, print_table
 from moses.report.text import NOTHING, format_bytes, format_share
 
 _NUMBER = re.compile(r"\d+")
@@ -14,9 +15,15 @@ _NUMBER = re.compile(r"\d+")
 Document = Mapping[str, Any]
 
 
-def show_inspection(document: Document) -> None:
-    """What `inspect_path` returned."""
-    (_show_run if document["kind"] == "run" else _show_checkpoint)(document)
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what is in a run or a checkpoint: one JSON document, or text for people."""
+    from moses.inspect import inspect_path
+
+    document = inspect_path(path)
+    if as_json:
+        print_json(document)
+    else:
+        (_show_run if document["kind"] == "run" else _show_checkpoint)(document)
 
 
 def show_verdict(document: Document) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from moses.cli import app, calls, main
+from moses.cli import calls, main
+from moses.cli.app import app
 from moses.cli.running import parse_settings, parse_tasks
 from moses.errors import ConfigError, ModelError
 
