@@ -152,14 +152,14 @@ def extract(
 ) -> Surgery:
     """Take a domain's experts out: a smaller mixture, or a dense model when one expert is left of every layer.
 
-    `dense` None decides by whether the type has a dense one that computes the same (mixtral: mistral, qwen3_moe: qwen3).
+    `dense` None decides by whether the type has a dense one that computes the same.
     Raises as `apply`.
     """
     opened = open_checkpoint(checkpoint)
     chosen = selection.by_layer(opened.facts, experts, "experts")
     if dense is None:
         single = all(len(numbers) == 1 for numbers in chosen.values())
-        dense = single and opened.document["model_type"] in ("mixtral", "qwen3_moe")
+        dense = single and opened.document["dense_type"] is not None
     plan = selection.extracted(opened.facts, experts, dense=dense, top_k=top_k)
     return _do("extract", [opened], plan, out, None, writing or Writing())
 

@@ -3,6 +3,10 @@
 //! Sources: the modules and weight conversions of transformers 5 (`models/*/modeling_*.py`, `conversion_mapping.py`) and the
 //! published checkpoints. A *role* is what a stretch of an expert's bytes is, whatever the layout: `gate`, `up`, `down`.
 
+use serde_json::Value;
+
+use crate::document::Document;
+
 /// How the experts of a layer lie in files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
@@ -83,15 +87,22 @@ pub struct Groups {
 pub struct Dense {
     /// Its model type.
     pub model_type: &'static str,
+    /// It computes the same only where each of these config keys has this value (JSON).
+    pub only_if: &'static [Condition],
     /// How its architectures are named: the beginning of the name that is replaced, and by what.
     pub architecture: (&'static str, &'static str),
     /// Where a role goes below the block.
     pub tensors: &'static [(&'static str, &'static str)],
+    /// Tensors below the block that stand for nothing where the conditions hold, and are left out.
+    pub leave_out: &'static [&'static str],
     /// Config keys that mean nothing any more.
-    pub drop: &'static [&'static str],
+    pub drop: &'static [&'static [&'static str]],
     /// Config keys that the dense class would read differently if they were missing, with what they are then set to (JSON).
     pub defaults: &'static [(&'static str, &'static str)],
 }
+
+/// A config key, the value that it must have, and the value that the class reads where it is missing (JSON).
+pub type Condition = (&'static str, &'static str, &'static str);
 
 /// A model type.
 #[derive(Debug)]
@@ -110,8 +121,8 @@ pub struct ModelType {
     pub groups: Option<Groups>,
     /// Its layouts.
     pub layouts: &'static [LayoutNames],
-    /// The dense type.
-    pub dense: Option<Dense>,
+    /// The dense types, the first whose conditions hold being taken.
+    pub dense: &'static [Dense],
 }
 
 const ROW: GateName = GateName { name: "mlp.gate.weight", kind: GateKind::Row };
@@ -155,6 +166,15 @@ const MOE_KEYS: &[&str] = &[
     "shared_expert_intermediate_size",
 ];
 
+/// No shared expert: it is of width 0, and what its own gate weighs is nothing.
+const NO_SHARED: Condition = ("shared_expert_intermediate_size", "0", "5632");
+const SHARED: &[&str] = &[
+    "mlp.shared_expert.gate_proj.weight",
+    "mlp.shared_expert.up_proj.weight",
+    "mlp.shared_expert.down_proj.weight",
+    "mlp.shared_expert_gate.weight",
+];
+
 /// The model types that surgery knows.
 pub const MODEL_TYPES: &[ModelType] = &[
     ModelType {
@@ -174,13 +194,15 @@ pub const MODEL_TYPES: &[ModelType] = &[
             },
             below_mlp(Layout::Fused, FUSED_TENSORS, &[ROW]),
         ],
-        dense: Some(Dense {
+        dense: &[Dense {
             model_type: "mistral",
+            only_if: &[],
             architecture: ("Mixtral", "Mistral"),
             tensors: DENSE_MLP,
-            drop: MOE_KEYS,
+            leave_out: &[],
+            drop: &[MOE_KEYS],
             defaults: &[("sliding_window", "null"), ("rms_norm_eps", "1e-05")],
-        }),
+        }],
     },
     ModelType {
         name: "qwen2_moe",
@@ -190,7 +212,29 @@ pub const MODEL_TYPES: &[ModelType] = &[
         expert_width: "moe_intermediate_size",
         groups: None,
         layouts: PLAIN,
-        dense: None,
+        dense: &[
+            Dense {
+                model_type: "qwen2",
+                only_if: &[NO_SHARED, ("qkv_bias", "true", "true")],
+                architecture: ("Qwen2Moe", "Qwen2"),
+                tensors: DENSE_MLP,
+                leave_out: SHARED,
+                drop: &[MOE_KEYS, &["qkv_bias"]],
+                defaults: &[("num_key_value_heads", "16"), ("sliding_window", "0")],
+            },
+            Dense {
+                model_type: "llama",
+                only_if: &[NO_SHARED, ("qkv_bias", "false", "true"), ("use_sliding_window", "false", "false")],
+                architecture: ("Qwen2Moe", "Llama"),
+                tensors: DENSE_MLP,
+                leave_out: SHARED,
+                drop: &[
+                    MOE_KEYS,
+                    &["qkv_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"],
+                ],
+                defaults: &[("num_key_value_heads", "16"), ("max_position_embeddings", "32768")],
+            },
+        ],
     },
     ModelType {
         name: "qwen3_moe",
@@ -200,13 +244,15 @@ pub const MODEL_TYPES: &[ModelType] = &[
         expert_width: "moe_intermediate_size",
         groups: None,
         layouts: PLAIN,
-        dense: Some(Dense {
+        dense: &[Dense {
             model_type: "qwen3",
+            only_if: &[],
             architecture: ("Qwen3Moe", "Qwen3"),
             tensors: DENSE_MLP,
-            drop: MOE_KEYS,
+            leave_out: &[],
+            drop: &[MOE_KEYS],
             defaults: &[("sliding_window", "null")],
-        }),
+        }],
     },
     ModelType {
         name: "olmoe",
@@ -216,7 +262,7 @@ pub const MODEL_TYPES: &[ModelType] = &[
         expert_width: "intermediate_size",
         groups: None,
         layouts: PLAIN,
-        dense: None,
+        dense: &[],
     },
     ModelType {
         name: "flex_olmo",
@@ -226,7 +272,20 @@ pub const MODEL_TYPES: &[ModelType] = &[
         expert_width: "intermediate_size",
         groups: None,
         layouts: PLAIN,
-        dense: None,
+        dense: &[Dense {
+            model_type: "olmo2",
+            only_if: &[],
+            architecture: ("FlexOlmo", "Olmo2"),
+            tensors: DENSE_MLP,
+            leave_out: &[],
+            drop: &[MOE_KEYS],
+            defaults: &[
+                ("max_position_embeddings", "4096"),
+                ("rms_norm_eps", "1e-06"),
+                ("pad_token_id", "100277"),
+                ("eos_token_id", "100257"),
+            ],
+        }],
     },
     ModelType {
         name: "deepseek_v2",
@@ -241,7 +300,7 @@ pub const MODEL_TYPES: &[ModelType] = &[
             least: 1,
         }),
         layouts: PLAIN,
-        dense: None,
+        dense: &[],
     },
     ModelType {
         name: "deepseek_v3",
@@ -252,7 +311,7 @@ pub const MODEL_TYPES: &[ModelType] = &[
         // A group's score is the sum of its two best experts.
         groups: Some(Groups { count: "n_group", selected: "topk_group", only_if: None, least: 2 }),
         layouts: CORRECTED,
-        dense: None,
+        dense: &[],
     },
     ModelType {
         name: "gpt_oss",
@@ -290,7 +349,7 @@ pub const MODEL_TYPES: &[ModelType] = &[
                 gates: ROUTER,
             },
         ],
-        dense: None,
+        dense: &[],
     },
 ];
 
@@ -299,6 +358,16 @@ impl ModelType {
     #[must_use]
     pub fn find(name: &str) -> Option<&'static Self> {
         MODEL_TYPES.iter().find(|entry| entry.name == name)
+    }
+
+    /// The dense type that computes what one expert in each layer of a model with this config does.
+    #[must_use]
+    pub fn dense(&self, config: &Document) -> Option<&'static Dense> {
+        let holds = |(key, value, missing): &Condition| {
+            let found = config.get(key).or_else(|| serde_json::from_str(missing).ok());
+            found == serde_json::from_str::<Value>(value).ok()
+        };
+        self.dense.iter().find(|dense| dense.only_if.iter().all(holds))
     }
 
     /// Its names in a layout.

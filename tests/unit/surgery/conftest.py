@@ -53,6 +53,7 @@ def make_config(kind: str, num_experts: int = NUM_EXPERTS, top_k: int = TOP_K, *
         "qwen2_moe": hf.Qwen2MoeConfig,
         "qwen3_moe": hf.Qwen3MoeConfig,
         "olmoe": hf.OlmoeConfig,
+        "flex_olmo": hf.FlexOlmoConfig,
         "deepseek_v2": hf.DeepseekV2Config,
         "deepseek_v3": hf.DeepseekV3Config,
         "gpt_oss": hf.GptOssConfig,

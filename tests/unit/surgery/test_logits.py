@@ -115,6 +115,42 @@ def test_extract_to_dense(kind, layout, models, checkpoints, tmp_path):
     assert surgery.verify(done.path, source).ok
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of no width
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
+@pytest.mark.parametrize(
+    ("kind", "changes", "dense"),
+    [
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "qwen2"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0, "qkv_bias": False}, "llama"),
+        ("flex_olmo", {}, "olmo2"),
+    ],
+)
+def test_extract_to_dense_where_the_config_allows_it(kind, changes, dense, layout, tmp_path):
+    model = make_model(kind, config=make_config(kind, **changes))
+    source = save(model, tmp_path / "source", layout, 2)
+    done = surgery.extract(source, tmp_path / "dense", experts=[2])
+    assert read_config(done.path)["model_type"] == dense
+    # one of its experts for every token, by its own class
+    mixture = surgery.extract(source, tmp_path / "mixture", experts=[2], dense=False)
+    torch.testing.assert_close(logits(load(done.path)), logits(load(mixture.path)), rtol=1e-5, atol=1e-6)
+    assert surgery.verify(done.path, source).ok
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of no width
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shared_expert_intermediate_size": 4},
+        {"shared_expert_intermediate_size": 0, "qkv_bias": False, "use_sliding_window": True, "sliding_window": 8},
+    ],
+)
+def test_extract_stays_a_mixture_where_the_config_allows_no_dense_class(changes, tmp_path):
+    source = save(make_model("qwen2_moe", config=make_config("qwen2_moe", **changes)), tmp_path / "source")
+    done = surgery.extract(source, tmp_path / "out", experts=[2])
+    assert read_config(done.path)["model_type"] == "qwen2_moe"
+    load(done.path)
+
+
 def test_extract_by_layer_is_a_smaller_mixture(models, checkpoints, tmp_path):
     experts = {"model.layers.0": [0, 3], "model.layers.1": [2, 1]}
     done = surgery.extract(checkpoints("olmoe", "per-expert", 3), tmp_path / "out", experts=experts)

@@ -22,6 +22,7 @@ impl Checkpoint {
             "path": self.shown(),
             "model_type": self.model_type,
             "known": self.kind.is_some(),
+            "dense_type": self.kind.and_then(|kind| kind.dense(&self.config)).map(|dense| dense.model_type),
             "top_k": self.kind.and_then(|kind| config(kind.top_k)),
             "groups": self.groups(),
             "selection_bias": self.layers.first().is_some_and(|layer| layer.gates.iter().any(|gate| gate.kind == GateKind::Bias)),

@@ -165,8 +165,13 @@ impl Checkpoint {
     /// The tensor of this name.
     #[must_use]
     pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
-        let at = self.tensors.binary_search_by(|tensor| (*tensor.name).cmp(name)).ok()?;
-        self.tensors.get(at)
+        self.tensors.get(self.place(name)?)
+    }
+
+    /// Where among `tensors` the tensor of this name is.
+    #[must_use]
+    pub fn place(&self, name: &str) -> Option<usize> {
+        self.tensors.binary_search_by(|tensor| (*tensor.name).cmp(name)).ok()
     }
 
     /// The path, for messages.

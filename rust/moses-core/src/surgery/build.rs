@@ -10,7 +10,7 @@ use super::layer::{Joined, identity, is_known};
 use super::request::{LayerRequest, NewRows, Options, Request, SlotRequest};
 use crate::checkpoint::{CONFIG, Checkpoint, INDEX, SINGLE, UNEVEN};
 use crate::document::Document;
-use crate::layout::{GateKind, Layout, ModelType};
+use crate::layout::{Dense, GateKind, Layout, ModelType};
 use crate::{Error, Result};
 
 /// What the shards of an output are made of.
@@ -47,6 +47,13 @@ pub fn build(sources: &[&Checkpoint], request: &Request, options: &Options) -> R
 
     let mut touched = vec![false; main.tensors.len()];
     let mut tensors = Vec::new();
+    let dense = requests.iter().any(|wanted| wanted.dense);
+    let dense_type = if dense { kind.dense(&main.config) } else { None };
+    for name in dense_type.iter().flat_map(|dense| left_out(main, dense)) {
+        if let Some(touched) = main.place(&name).and_then(|place| touched.get_mut(place)) {
+            *touched = true;
+        }
+    }
     for (layer, wanted) in main.layers.iter().zip(&requests) {
         let layout = options.layout.unwrap_or(layer.layout);
         if wanted.dense || layout != layer.layout || *wanted != identity(layer) {
@@ -56,20 +63,19 @@ pub fn build(sources: &[&Checkpoint], request: &Request, options: &Options) -> R
                     *touched = true;
                 }
             }
-            tensors.extend(joined(sources, main, request, &layer.block)?.tensors(
-                wanted,
-                names,
-                kind.dense.as_ref(),
-            )?);
+            tensors.extend(joined(sources, main, request, &layer.block)?.tensors(wanted, names, dense_type)?);
         }
     }
     carry(main, &touched, &mut tensors)?;
-    let dense = requests.iter().any(|wanted| wanted.dense);
     let counts = counts(main, &touched, &tensors);
     let drawn = Drawn { tensors, shards: Vec::new() };
     let drawn = if options.in_place { in_place::draw(main, drawn)? } else { draw(sources, drawn) };
     let notes = notes(sources, main, request, &requests, &drawn);
-    let config = if dense { dense_config(main, kind, &drawn.tensors)? } else { config(main, kind, request, &requests) };
+    let config = if dense {
+        dense_config(main, kind, dense_type, &drawn.tensors)?
+    } else {
+        config(main, kind, request, &requests)
+    };
     let config = config.to_text().into_bytes();
     let record = record(sources, request, options, kind, &requests);
     Ok(Job { in_place: options.in_place, notes, ..job(sources, main, drawn, config, counts, record)? })
@@ -451,9 +457,20 @@ fn config(main: &Checkpoint, kind: &'static ModelType, request: &Request, reques
     config
 }
 
-fn dense_config(main: &Checkpoint, kind: &'static ModelType, tensors: &[OutTensor]) -> Result<Document> {
+/// The tensors that stand for nothing, of which the dense type has none.
+pub(super) fn left_out(main: &Checkpoint, dense: &'static Dense) -> Vec<String> {
+    let below = |block: &str| dense.leave_out.iter().map(|name| format!("{block}.{name}")).collect::<Vec<_>>();
+    main.layers.iter().flat_map(|layer| below(&layer.block)).collect()
+}
+
+fn dense_config(
+    main: &Checkpoint,
+    kind: &'static ModelType,
+    dense: Option<&'static Dense>,
+    tensors: &[OutTensor],
+) -> Result<Document> {
     let refuse = |problem: String| Error::Unsupported { what: main.shown(), problem };
-    let dense = kind.dense.as_ref().ok_or_else(|| refuse(format!("no dense model type is known for {}", kind.name)))?;
+    let dense = dense.ok_or_else(|| refuse(format!("no dense model type is known for {}", kind.name)))?;
     let mut config = main.config.clone();
     let width = main.layers.first().and_then(|layer| layer.experts.first()?.iter().find(|part| part.role == "gate"));
     let width = width.and_then(|part| part.shape.first()).copied().unwrap_or(0);
@@ -474,7 +491,7 @@ fn dense_config(main: &Checkpoint, kind: &'static ModelType, tensors: &[OutTenso
             |name: &Value| name.as_str().map_or_else(|| name.clone(), |name| Value::from(name.replace(from, to)));
         config.set("architectures", &names.iter().map(renamed).collect());
     }
-    for key in dense.drop {
+    for key in dense.drop.iter().copied().flatten() {
         config.remove(key);
     }
     for (key, value) in dense.defaults {

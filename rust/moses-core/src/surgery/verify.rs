@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
+use super::build;
 use super::request::{LayerRequest, Request, SlotRequest};
 use super::upcycle::ffn;
 use crate::checkpoint::{Checkpoint, MoeLayer, Region};
@@ -48,7 +49,11 @@ pub fn compare(out: &Checkpoint, sources: &[&Checkpoint], request: &Request) -> 
     let mut comparing = Comparing { out, sources, layers, files: Files::default(), found: Comparison::default() };
     let mut theirs: BTreeSet<u32> = BTreeSet::new();
     let mut ours: BTreeSet<u32> = BTreeSet::new();
-    let dense = main.kind.and_then(|kind| kind.dense.as_ref());
+    let dense = main.kind.and_then(|kind| kind.dense(&main.config));
+    if let Some(dense) = dense.filter(|_| request.layers.iter().any(|wanted| wanted.dense)) {
+        let places = build::left_out(main, dense).into_iter().filter_map(|name| main.place(&name));
+        theirs.extend(places.filter_map(|place| u32::try_from(place).ok()));
+    }
     for layer in &comparing.layers.first().cloned().unwrap_or_default() {
         theirs.extend(layer.tensors());
         let wanted = request.layers.iter().find(|wanted| wanted.layer == layer.block);
