@@ -14,6 +14,7 @@ import torch
 
 import moses
 from moses import evaluate, training
+from moses.checkpoint import forget_task
 from moses.progress import Progress
 from moses.session import Session
 from moses.stream import load_stream
@@ -125,6 +126,13 @@ def test_classifiers_and_encoder_decoders_learn_a_stream(method, family, tiny_mo
         moses.load(out)
     loaded = moses.load(out, tiny_model(family, vocab_size=600, positions=128))
     assert not loaded.training
+    last = result.results["tasks"][-1]
+    if method == "sequential":  # one LoRA learned from all of them
+        with pytest.raises(moses.MosesError, match="one set of weights"):
+            forget_task(out, last)
+    else:
+        forget_task(out, last)
+        assert verify_path(out).ok
 
 
 @pytest.mark.parametrize(

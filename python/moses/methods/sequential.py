@@ -15,6 +15,7 @@ class SequentialMethod(PeftMethod):
     """Bytes do not grow but for heads; what was learned earlier is written over. The latest task's folder holds the LoRA."""
 
     name = "sequential"
+    separable = False
 
     def begin_task(self, name: str, domain: str | None, num_labels: int | None, similar_to: str | None) -> None:
         task = self.registry.begin_task(name, domain)
