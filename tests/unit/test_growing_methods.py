@@ -14,9 +14,10 @@ import transformers as hf
 import moses
 from moses import checkpoint, training
 from moses.errors import ConfigError, FormatError, ModelError, RegistryError, RunError, StoreError, SurgeryError
-from moses.growth.folder import load_folder
+from moses.growth.folder import load_folder, save_model
 from moses.growth.growing import GrowingLayer
 from moses.growth.layer import route
+from moses.growth.upcycle import upcycle
 from moses.inspect import inspect_path
 from moses.methods import method_class
 from moses.models import load_model
@@ -303,6 +304,35 @@ def test_a_domain_is_extracted_to_a_folder(finished, tmp_path):
     assert caught.value.code == "unknown_domain" and not (tmp_path / "no").exists()
     with pytest.raises(StoreError):
         extract_run(source, task, tmp_path / "sub")
+
+
+@pytest.mark.parametrize("change", [{"keep_dense": True}, {"family": "gemma"}, {"top_k": 1, "keep_dense": True}])
+def test_an_upcycled_folder_of_moses_is_grown_on(change, tiny_model, tiny_folder, tmp_path):
+    """What no class of transformers holds is moses's own mixture, and a base model as good as any."""
+    family, change = change.get("family", "llama"), {key: value for key, value in change.items() if key != "family"}
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny_folder)
+    made = upcycle(tiny_model(family, vocab_size=600, positions=128), 3, layers=[1], **change)
+    base = save_model(made, tmp_path / "base", tokenizer)
+    ids = batch(4)
+    with torch.no_grad():
+        before = load_folder(base)(input_ids=ids).logits
+        attached = make("lifelong-moe", load_folder(base)).model(input_ids=ids).logits
+    torch.testing.assert_close(attached, before, rtol=0.0, atol=1e-5 * float(before.abs().max()))
+    run = train(base, tmp_path / "run", "lifelong-moe")
+    assert run.metrics["bwt"] == 0.0
+    task = run.results["tasks"][1]
+    expected = answers(moses.load(tmp_path / "run"), task)
+    extract_run(tmp_path / "run", task, tmp_path / "sub")
+    with torch.no_grad():
+        found = load_folder(tmp_path / "sub")(input_ids=ids % 50).logits
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_an_upcycled_folder_with_another_router_is_not_grown_on(tiny_model):
+    made = upcycle(tiny_model("llama"), 3, layers=[1], router="noisy_topk", keep_dense=True)
+    with pytest.raises(SurgeryError, match="router topk") as caught:
+        make("lifelong-moe", made)
+    assert caught.value.code == "unknown_mixture"
 
 
 def test_a_group_of_one_expert_is_a_plain_dense_model(tiny_folder, tmp_path):

@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from ..errors import SurgeryError
+from ..experts import settings
+from ..routers import TopKRouter
 from ..seeds import stable_seed
 from .blocks import MoEBlock, moe_blocks, parameter
 from .context import GrowthContext
 from .ffns import DenseFFN, dense_ffns
 from .growing import GrowingLayer
+from .layer import MixtureFFN
 
 # mixtures whose weights are a softmax over all experts, normalised over the k or not
 _SOFTMAX = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo")
@@ -110,7 +113,14 @@ def install(
 
 def _of_mixture(model: nn.Module, block: MoEBlock, context: GrowthContext, balance_weight: float) -> GrowingLayer:
     parts = {path.rpartition(".")[2]: model.get_submodule(path) for path in block.shared}
-    activation = _activation(block)
+    gated, normalised = True, block.normalised
+    if isinstance(block.module, MixtureFFN):
+        router: Any = block.module.router
+        experts: Any = block.module.experts
+        parts = {"shared_expert": block.module.dense} if isinstance(block.module.dense, nn.Module) else {}
+        gated, _ = settings(experts.kind, experts.activation)
+        # the weight of a single expert is its share of all (TopKRouter), unless the softmax is over the k alone
+        normalised = router.scoring == "softmax_after" or (router.normalise and block.top_k > 1)
     return GrowingLayer(
         parameter(model, block.into),
         parameter(model, block.out),
@@ -118,8 +128,9 @@ def _of_mixture(model: nn.Module, block: MoEBlock, context: GrowthContext, balan
         path=block.path,
         context=context,
         top_k=block.top_k,
-        activation=activation,
-        normalise=block.normalised,
+        activation=_activation(block),
+        gated=gated,
+        normalise=normalised,
         balance_weight=balance_weight,
         shared=parts.get("shared_expert"),
         shared_gate=parts.get("shared_expert_gate"),
@@ -129,6 +140,9 @@ def _of_mixture(model: nn.Module, block: MoEBlock, context: GrowthContext, balan
 def _activation(block: MoEBlock) -> str:
     from ..transformers import ACTIVATION_OF
 
+    if isinstance(block.module, MixtureFFN):
+        own: Any = block.module.experts
+        return str(own.activation)
     act: Any = getattr(block.module.experts, "act_fn", None)
     name = ACTIVATION_OF.get(type(act))
     if name is None:
@@ -149,9 +163,22 @@ def _require_softmax(model: nn.Module, block: MoEBlock) -> None:
         or block.into_bias
         or block.transposed
     )
-    if kind not in _SOFTMAX or odd:
+    known = _is_softmax(block.module) if isinstance(block.module, MixtureFFN) else kind in _SOFTMAX
+    if odd or not known:
         raise SurgeryError(
-            f"{block.path}: a mixture of {kind!r} cannot be continued: its gate or experts are of another kind; give one of {', '.join(_SOFTMAX)}",
+            f"{block.path}: a mixture of {kind!r} cannot be continued: its gate or experts are of another kind; "
+            f"give one of {', '.join(_SOFTMAX)}, or one of moses's with the router topk and without biases",
             code="unknown_mixture",
         )
     _activation(block)
+
+
+def _is_softmax(layer: MixtureFFN) -> bool:
+    router = layer.router
+    return (
+        isinstance(router, TopKRouter)
+        and router.scoring != "sigmoid"
+        and router.scale == 1.0
+        and router.num_groups == 1
+        and not layer.dropout
+    )
