@@ -51,8 +51,8 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "finetune": ("finetune", "dense", {}),
     "finetune-kl": ("finetune", "dense", {"kl": 1.0}),
     "joint": ("joint", "dense", {}),
-    "lifelong-moe": ("lifelong-moe", "moe", {"add": 2, "kl": 1.0}),
-    "pangu-sigma": ("pangu-sigma", "dense", {"experts_per_group": 1, "upper": 1.0}),
+    "lifelong-moe": ("lifelong-moe", "moe", {"add": 2, "kl": 0.1, "learning_rate": 4e-3}),
+    "pangu-sigma": ("pangu-sigma", "dense", {"experts_per_group": 1, "upper": 1.0, "learning_rate": 4e-3}),
     "finetune-moe": ("finetune", "moe", {}),
     "joint-moe": ("joint", "moe", {}),
 }
