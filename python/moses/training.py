@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .budget import identifier_features, parse_bytes
+from .cheaper import at_learned_columns, training_attention
 from .config import TrainConfig, from_settings, to_json
 from .errors import ConfigError
 from .methods import Method, method_class
@@ -236,7 +237,9 @@ def _fit(session: Session, index: int, task: Task, rows: list[dict[str, Any]], s
         from .progress import show_in
 
         show_in(trainer, phase)
-        trainer.train()
+        half = config.precision != "float32" or method.model.dtype in (torch.bfloat16, torch.float16)
+        with training_attention(method.model, max(len(row["input_ids"]) for row in rows), half):
+            trainer.train()
     # Accelerate's mixed precision patches the model's forward; the model goes back to what it was.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
@@ -251,8 +254,11 @@ def _trainer_class(method: Method) -> Any:
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
+            # (DataParallel would cut the columns into parts, as it does the rows)
+            whole_logits = method.reads_logits or self.args.n_gpu > 1
+            given = inputs if whole_logits else at_learned_columns(self.accelerator.unwrap_model(model), inputs)
             with method.watch() as seen:
-                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+                loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
             extra = method.extra_loss(model, inputs, outputs, seen)
             if extra is not None:
                 # the task's loss is a mean over the whole step where the model takes the number of its tokens, else the Trainer divides it

@@ -31,7 +31,7 @@ LAYERS = (
     ("attached",),
     ("attachment", "giving_up"),
     ("methods",),
-    ("run_config", "answers"),
+    ("run_config", "answers", "cheaper"),
     ("perplexity",),
     ("checkpoint", "results", "evaluate"),
     ("scratch", "donors", "progress", "report", "inspect", "frozen", "verdict", "verify", "doctor"),

@@ -28,6 +28,7 @@ class Method(ABC):
         config: its settings.
         one_by_one: whether tasks are learned one after the other; what later tasks do to earlier ones is measured only then.
         separable: whether a task can be taken out and leave the others as they are.
+        reads_logits: whether `extra_loss` reads the logits of every token, and not those alone that have a label.
         reads_similar: whether `begin_task` makes use of an earlier task that is named as the most similar.
         model: the model that is trained and answers.
         registry: the tasks so far; for `moses` also layers, experts and masks.
@@ -39,6 +40,7 @@ class Method(ABC):
     config: Any
     one_by_one: ClassVar[bool] = True
     separable: ClassVar[bool] = True
+    reads_logits: bool = False
     reads_similar: bool = False
     model: nn.Module
     registry: _core.Registry

@@ -97,6 +97,7 @@ class WholeModelMethod(Method):
         self.model, self.config = model, config
         self.registry = _core.Registry()
         self._teacher: nn.Module | None = None
+        self.reads_logits = bool(getattr(config, "kl", 0.0))
         self._routing = Routing(model)
         model.requires_grad_(False)
         self._base = {name: tensor.detach().cpu().clone() for name, tensor in self._weights().items()}

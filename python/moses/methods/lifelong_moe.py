@@ -81,6 +81,7 @@ class LifelongMoEMethod(GrowingMethod):
         self._old: dict[str, int] = dict(self._base)
         self._old_trunk: dict[str, Tensor] = {}
         self._add = config.add
+        self.reads_logits = config.kl > 0
 
     @classmethod
     def places(cls, model: nn.Module, config: LifelongMoEConfig) -> Sequence[DenseFFN] | Sequence[MoEBlock]:
