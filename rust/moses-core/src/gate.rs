@@ -108,7 +108,7 @@ pub fn gate<T: Item>(act: Gate, hidden: &[T], width: usize, out: &mut [T], threa
     require(rows.checked_mul(width) == Some(out.len()), "the output does not have hidden's rows")?;
     let part = part_rows(rows, size_of_val(hidden), threads);
     let jobs = hidden.chunks(part.saturating_mul(double)).zip(out.chunks_mut(part.saturating_mul(width))).collect();
-    for_each(jobs, |(hidden, out)| {
+    for_each(jobs, threads, |(hidden, out)| {
         pulp::Arch::new().dispatch(Forward { act, width, hidden, out });
         Ok(())
     })
@@ -169,7 +169,7 @@ pub fn gate_backward<T: Item>(
     let inputs = hidden.chunks(wide).zip(grad.chunks(narrow));
     let outputs = out.chunks_mut(narrow).zip(grad_hidden.chunks_mut(wide));
     type Job<'a, T> = ((&'a [T], &'a [T]), (&'a mut [T], &'a mut [T]));
-    for_each(inputs.zip(outputs).collect(), |((hidden, grad), (out, grad_hidden)): Job<'_, T>| {
+    for_each(inputs.zip(outputs).collect(), threads, |((hidden, grad), (out, grad_hidden)): Job<'_, T>| {
         pulp::Arch::new().dispatch(Backward { act, width, hidden, grad, out, grad_hidden });
         Ok(())
     })

@@ -1,21 +1,29 @@
-//! Work split into as many parts as the caller wants threads, the first of which runs on the calling thread; and loops compiled
-//! for the vectors of the machine.
+//! Work in parts, done by as many threads as the caller wants, itself among them; and loops compiled for the vectors of the machine.
+
+use std::sync::{Mutex, PoisonError};
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Runs `work` on every job, each of them in parallel; the result is the first error by the order of jobs.
-pub(crate) fn for_each<J: Send, E: Send>(jobs: Vec<J>, work: impl Fn(J) -> Result<(), E> + Sync) -> Result<(), E> {
+/// Runs `work` on every job, on the calling thread and at most `threads - 1` others, each taking the next job when it has done one; the
+/// result is the first error by the order of jobs.
+pub(crate) fn for_each<J: Send, E: Send>(
+    jobs: Vec<J>,
+    threads: usize,
+    work: impl Fn(J) -> Result<(), E> + Sync,
+) -> Result<(), E> {
     let mut results: Vec<Result<(), E>> = jobs.iter().map(|_| Ok(())).collect();
-    let work = &work;
-    let mut pairs = jobs.into_iter().zip(results.iter_mut());
-    if let Some((first, first_result)) = pairs.next() {
-        rayon::in_place_scope(|scope| {
-            for (job, result) in pairs {
-                scope.spawn(move |_| *result = work(job));
-            }
-            *first_result = work(first);
-        });
-    }
+    let others = threads.min(jobs.len()).saturating_sub(1);
+    let queue = Mutex::new(jobs.into_iter().zip(results.iter_mut()));
+    let run = || {
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        while let Some((job, result)) = next() {
+            *result = work(job);
+        }
+    };
+    rayon::in_place_scope(|scope| {
+        (0..others).for_each(|_| scope.spawn(|_| run()));
+        run();
+    });
     results.into_iter().collect()
 }
 

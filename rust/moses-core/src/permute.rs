@@ -47,6 +47,9 @@ impl Plan<'_> {
     }
 }
 
+/// Parts a thread, where there are several: one that is held up leaves its later parts to the others.
+const PARTS: usize = 8;
+
 /// Splits `count` output rows of `width` items over the threads; `work` gets the first row's number and the rows.
 fn by_rows<T: Send>(
     out: &mut [T],
@@ -58,10 +61,11 @@ fn by_rows<T: Send>(
     if width == 0 || count == 0 {
         return Ok(());
     }
-    let rows = count.div_ceil(threads).max(1);
+    let parts = if threads == 1 { 1 } else { threads.saturating_mul(PARTS) };
+    let rows = count.div_ceil(parts).max(1);
     let parts = out.chunks_mut(rows.saturating_mul(width)).enumerate().collect();
     // what is inlined here is compiled for the vectors that this machine has
-    for_each(parts, |(number, part): (usize, &mut [T])| {
+    for_each(parts, threads, |(number, part): (usize, &mut [T])| {
         let first = number.saturating_mul(rows);
         with_vectors((first, part), &work)
     })

@@ -184,7 +184,7 @@ fn sort<I: ExpertId, K: Key>(
     let keys = keys.get_mut(..ids.len()).unwrap_or_default();
     let mut cursors = vec![0_u32; parts.saturating_mul(table)];
     let jobs = ids.chunks(part).zip(keys.chunks_mut(part)).zip(cursors.chunks_mut(table));
-    let counted: std::result::Result<(), ()> = for_each(jobs.collect(), |((ids, keys), counts)| {
+    let counted: std::result::Result<(), ()> = for_each(jobs.collect(), threads, |((ids, keys), counts)| {
         with_vectors((ids, keys, counts, experts), &note_and_count::<I, K>)
     });
     if counted.is_err() {
@@ -203,7 +203,7 @@ fn sort<I: ExpertId, K: Key>(
         let regions = regions(order, &cursors, table, offsets, limits.as_deref());
         let jobs = keys.chunks(part).zip(inverse.chunks_mut(part)).zip(cursors.chunks_mut(table)).zip(regions);
         let jobs = jobs.enumerate().map(|(number, job)| (number.wrapping_mul(part), job)).collect();
-        for_each(jobs, |(first, (((keys, inverse), cursors), mut regions))| {
+        for_each(jobs, threads, |(first, (((keys, inverse), cursors), mut regions))| {
             match &limits {
                 Some(limits) => place_within(keys, first, inverse, cursors, limits, &mut regions),
                 None if staged && uses >= LONG_STAGE => {
