@@ -6,6 +6,7 @@ beside it and can be made again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -193,7 +194,11 @@ class Session:
         model, device = self.method.model, next(self.method.model.parameters()).device
         model.eval()
         parts: list[Tensor | None] = [None] * len(questions)
-        answerer = self._answerer()
+        config = self.train_config
+        if all(task.is_text for task in self.stream.tasks):
+            # a text is read as it is: in the template of a chat, short ones are mostly template, and all domains look alike
+            config = dataclasses.replace(config, template="plain")
+        answerer = Answerer(self.tokenizer, self.kind, config)
         with torch.no_grad(), self.method.answer(None), autocast(device, self.train_config.precision):
             for indices, batch in answerer.batches(questions, 1):
                 found = prompt_features(

@@ -242,3 +242,29 @@ def test_the_command_line_learns_domains(tiny_folder, tmp_path, stream, capsys):
     assert "after plant" in shown and "lower is better" in shown
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "perplexity, lower is better" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_tells_domains_apart_reads_texts_without_the_template_of_a_chat(stream, tiny_folder, tmp_path):
+    from moses.models import load_model
+
+    found = []
+    for template in (
+        None,
+        "{% for m in messages %}a long template goes around every message: {{ m['content'] }}{% endfor %}",
+    ):
+        model, tokenizer, _ = load_model(str(tiny_folder))
+        tokenizer.chat_template = template
+        out = tmp_path / str(template is None)
+        run = moses.train(
+            model,
+            tokenizer,
+            stream=stream,
+            output_dir=out,
+            settings=SETTINGS | {"epochs": 1},
+            progress=Progress(quiet=True),
+        )
+        found.append(run)
+    plain, chat = found
+    assert chat.results["tail"]["matrix"] == plain.results["tail"]["matrix"]
+    files = [sorted((run.path / "identifier").iterdir()) for run in found]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]] != []
